@@ -1,0 +1,75 @@
+"""Execute notebooks from a clean start and keep their outputs: `python tools/run.py nbs/tour.ipynb [-p name=value]`.
+
+papermill runs the notebook in a fresh kernel, nbdev cleans it, and the notebook's metadata says what it ran on.
+"""
+import argparse
+import hashlib
+import importlib.metadata as md
+import json
+import platform
+import subprocess
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def code_digest(nb):
+    "SHA-256 over the code cells' sources: a page whose digest differs was changed after it was executed."
+    cells = nb["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
+
+
+def device_name():
+    "The GPU's name, or the kind of processor; nothing that identifies the machine."
+    import torch
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def provenance(nb, seconds):
+    "What a page says about how it was made."
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "date": str(date.today()), "device": device_name(), "python": platform.python_version(),
+            "torch": md.version("torch"), "seconds": round(seconds, 1), "code": code_digest(nb)}
+
+
+def execute(path, parameters=None, output=None, progress=True, timeout=3600):
+    "Execute one notebook with papermill; returns the executed notebook and the seconds it took."
+    import papermill as pm
+    output = Path(output or path)
+    start = time.perf_counter()
+    nb = pm.execute_notebook(str(path), str(output), parameters=parameters or {}, cwd=str(Path(path).parent),
+                             kernel_name="python3", progress_bar=progress, request_save_on_cell_execute=False,
+                             autosave_cell_every=0, execution_timeout=timeout)
+    return nb, time.perf_counter() - start
+
+
+def run_in_place(path):
+    "Execute, clean and write back, outputs and provenance included. A notebook that fails is left as it was."
+    from execnb.nbio import read_nb, write_nb
+    from nbdev.clean import clean_nb
+    path = Path(path)
+    scratch = ROOT / ".cache" / "run" / path.name
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    _, seconds = execute(path, output=scratch)
+    nb = read_nb(scratch)
+    nb.metadata["provenance"] = provenance(json.loads(scratch.read_text()), seconds)
+    clean_nb(nb, allowed_metadata_keys=["provenance"], allowed_cell_metadata_keys=["tags"], clean_ids=True)
+    write_nb(nb, path)
+    print(f"{path}: {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+")
+    parser.add_argument("-p", "--parameter", action="append", default=[], help="name=value; the result goes to _out/ and not back")
+    args = parser.parse_args()
+    parameters = {k: json.loads(v) if v[:1] in "-0123456789[{tfn\"" else v for k, _, v in (p.partition("=") for p in args.parameter)}
+    for nb in args.notebooks:
+        if not parameters: run_in_place(nb); continue
+        out = ROOT / "_out" / Path(nb).name
+        out.parent.mkdir(exist_ok=True)
+        execute(nb, parameters, out)
+        print(out)
