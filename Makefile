@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 NB ?=
 
@@ -15,8 +16,8 @@ help: ## this list
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(1)]'
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$(1)]'
 	@touch $@
 endef
 
@@ -45,7 +46,7 @@ run: $(VENV)/.dev ## make run NB=nbs/core/10_assign.ipynb: execute, keep outputs
 export: $(VENV)/.dev ## notebooks to modules, outputs cleaned
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
-readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
+readme: $(VENV)/.dev ## README.md and CONTRIBUTING.md from their notebooks
 	@$(BIN)/python tools/readme.py
 
 site: $(VENV)/.test ## the documentation, offline and complete, in _docs/
@@ -56,7 +57,7 @@ gpu-check: ## every operator on the GPU at hand, against the CPU: gpu-check.json
 
 oracles: ## a second environment with slow or conflicting peers, for `make test-deep`
 	@test -x .venv-oracles/bin/python || $(PYTHON) -m venv .venv-oracles
-	.venv-oracles/bin/python -m pip install -q -c constraints.txt -e '.[dev,peers]'
+	.venv-oracles/bin/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev,peers]'
 
 lock: $(VENV)/.test ## constraints.txt from what is installed
 	@$(BIN)/python tools/lock.py

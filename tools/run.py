@@ -6,8 +6,8 @@ import argparse
 import hashlib
 import importlib.metadata as md
 import json
+import os
 import platform
-import subprocess
 import time
 from datetime import date
 from pathlib import Path
@@ -22,16 +22,10 @@ def code_digest(nb):
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 
-def device_name():
-    "The GPU's name, or the kind of processor; nothing that identifies the machine."
-    import torch
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
 def provenance(nb, seconds):
     "What a page says about how it was made."
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "date": str(date.today()), "device": device_name(), "python": platform.python_version(),
+    from deepclustering.core.ledger import device_name, git_commit
+    return {"commit": git_commit(ROOT), "date": str(date.today()), "device": device_name(), "python": platform.python_version(),
             "torch": md.version("torch"), "seconds": round(seconds, 1), "code": code_digest(nb)}
 
 
@@ -41,8 +35,9 @@ def execute(path, parameters=None, output=None, progress=True, timeout=3600):
     output = Path(output or path)
     start = time.perf_counter()
     nb = pm.execute_notebook(str(path), str(output), parameters=parameters or {}, cwd=str(Path(path).parent),
-                             kernel_name="python3", progress_bar=progress, request_save_on_cell_execute=False,
-                             autosave_cell_every=0, execution_timeout=timeout)
+                             kernel_name="python3", language="python", progress_bar=progress, request_save_on_cell_execute=False,
+                             autosave_cell_every=0, execution_timeout=timeout,
+                             extra_arguments=["--IPKernelApp.log_level=40"])  # not its remarks on transport
     return nb, time.perf_counter() - start
 
 
@@ -50,6 +45,7 @@ def run_in_place(path):
     "Execute, clean and write back, outputs and provenance included. A notebook that fails is left as it was."
     from execnb.nbio import read_nb, write_nb
     from nbdev.clean import clean_nb
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same bits on every machine, and no waiting for busy cores
     path = Path(path)
     scratch = ROOT / ".cache" / "run" / path.name
     scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +57,18 @@ def run_in_place(path):
     print(f"{path}: {seconds:.1f} s")
 
 
+def parse(value):
+    "A parameter from the command line: JSON where it is JSON (`3`, `true`, `[1, 2]`), else the text itself."
+    try: return json.loads(value)
+    except json.JSONDecodeError: return value
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="+")
     parser.add_argument("-p", "--parameter", action="append", default=[], help="name=value; the result goes to _out/ and not back")
     args = parser.parse_args()
-    parameters = {k: json.loads(v) if v[:1] in "-0123456789[{tfn\"" else v for k, _, v in (p.partition("=") for p in args.parameter)}
+    parameters = {k: parse(v) for k, _, v in (p.partition("=") for p in args.parameter)}
     for nb in args.notebooks:
         if not parameters: run_in_place(nb); continue
         out = ROOT / "_out" / Path(nb).name

@@ -11,8 +11,9 @@ import warnings
 import torch
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.aggregate import segment_sum
 from ..core.assign import nearest
@@ -26,7 +27,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     Fitted attributes: `labels_` `(n,)`, `cluster_centers_` `(k, d)`, `inertia_` (weighted sum of squared distances to the own
     centre; for the cosine metric of points scaled to length 1), `n_iter_`, `n_features_in_`. Arrays in, arrays out; tensors in, tensors out.
     Source: Lloyd 1982; start: Arthur and Vassilvitskii, SODA 2007. The same `random_state` gives the same bits on the CPU.
-    Raises `ValueError` for NaN, more clusters than distinct points, and zero rows under the cosine metric."""
+    Raises `ValueError` for NaN, more clusters than points, points that are all equal, and zero rows under the cosine metric; fewer
+    distinct points than clusters give scikit-learn's `ConvergenceWarning`."""
     def __init__(
         self,
         n_clusters=8,        # k
@@ -52,6 +54,8 @@ def _check(self, X, sample_weight, reset=True):
     check_int(self.max_iter, "max_iter")
     if self.metric not in ("euclidean", "cosine"): raise ValueError(f"metric must be 'euclidean' or 'cosine', got {self.metric!r}")
     if not self.tol >= 0: raise ValueError(f"tol must be at least 0, got {self.tol!r}")
+    if reset and self.n_clusters > 1 and len(x) > 1 and all(bool((part == x[0]).all()) for part in x.split(65536)):
+        raise ValueError(f"n_clusters={self.n_clusters}, but all {len(x)} rows of X are equal: there is one cluster")
     if self.metric == "cosine" and not all(bool(part.any(1).all()) for part in x.split(65536)):
         raise ValueError("X holds a row of zeros, which has no direction: remove it or use metric='euclidean'")
     if sample_weight is not None:
@@ -81,12 +85,8 @@ def _first_centers(self, x, sample_weight, generator, device):
     if self.init == "k-means++": chosen = kmeans_plusplus(x, self.n_clusters, sample_weight, generator, spherical=spherical)
     elif self.init == "random":
         weight = torch.ones(len(x)) if sample_weight is None else sample_weight.cpu().double()
-        if int((weight > 0).sum()) < self.n_clusters:
-            raise ValueError(f"n_clusters={self.n_clusters} exceeds the number of distinct samples with positive weight")
         key = torch.rand(len(x), generator=generator, dtype=torch.float64).log() / weight  # exponential races: the k smallest are a weighted draw without replacement
         chosen = key.topk(self.n_clusters).indices
-        if len(torch.unique(x[chosen.to(x.device)], dim=0)) < self.n_clusters > len(torch.unique(x, dim=0)):
-            raise ValueError(f"n_clusters={self.n_clusters} exceeds the number of distinct samples with positive weight")
     else: raise ValueError(f"init must be 'k-means++', 'random' or an array, got {self.init!r}")
     return block(x[None], chosen.to(x.device), torch.empty(0, dtype=dtype, device=device), spherical)[0]
 
@@ -99,7 +99,7 @@ def _n_init(self):
 # %% ../../nbs/clustering/01_kmeans.ipynb #1ae5a118
 def mean_variance(
     x,           # points `(n, d)`
-    rows=65536,  # points a block
+    rows=8192,   # points a block
 ):
     "Mean over the features of their variance, in float64, in two passes over blocks."
     mean = sum(part.double().sum(0) for part in x.split(rows)) / len(x)
@@ -133,7 +133,7 @@ def fit(self: KMeans,
             _set_fitted(self, X, *best)
         raise
     finally: bar.close()
-    return _set_fitted(self, X, *best)
+    return _warn_if_fewer(_set_fitted(self, X, *best))
 
 # %% ../../nbs/clustering/01_kmeans.ipynb #d383527f
 def _better(a, b): return b if a is None or b[1] < a[1] else a
@@ -142,6 +142,13 @@ def _set_fitted(self, X, labels, inertia, centers, n_iter):
     self.labels_, self.cluster_centers_ = like(labels, X), like(centers, X)
     self.inertia_, self.n_iter_ = float(inertia), n_iter
     self._n_features_out = self.n_clusters
+    return self
+
+def _warn_if_fewer(self):
+    "scikit-learn's warning when there are fewer distinct points than clusters."
+    found = len(set(self.labels_.tolist()))
+    if found < self.n_clusters and self.inertia_ == 0:
+        warnings.warn(f"Number of distinct clusters ({found}) found smaller than n_clusters ({self.n_clusters}). Possibly due to duplicate points in X.", ConvergenceWarning)
     return self
 
 # %% ../../nbs/clustering/01_kmeans.ipynb #5aa194fa
@@ -225,22 +232,27 @@ def _draw(x, w, size, generator):
     rows = torch.randint(len(x), (size,), generator=generator).sort().values.to(x.device)
     return x[rows], None if w is None else w[rows.to(w.device)]
 
-def _start(self, x, w, generator, device):
-    "The start of smallest inertia on a sample; sets the counts to zero."
+def _begin(self, x, w, device):
+    "Set the state that the batches change: of several starts the one of smallest inertia on a sample, and nothing received so far."
+    self._generator, self.n_steps_, self._since = as_generator(self.random_state), 0, 0
+    generator = self._generator
     size = min(len(x), self.init_size or max(3 * self.batch_size, 3 * self.n_clusters))
     if size < self.n_clusters: raise ValueError(f"init_size must be at least n_clusters={self.n_clusters}, got {size}")
     rows = torch.randperm(len(x), generator=generator)[:size].sort().values if size < len(x) else torch.arange(size)
     sample, sw = x[rows.to(x.device)], None if w is None else w[rows.to(w.device)]
     starts = 3 if self.n_init == "auto" and isinstance(self.init, str) and self.init == "random" else 1 if self.n_init == "auto" else _n_init(self)
-    centers = min((_first_centers(self, sample, sw, generator, device) for _ in range(starts)),
-                  key=lambda c: float(assign_all(sample, c, sw, spherical=self.metric == "cosine")[1]))
-    return centers, torch.zeros(self.n_clusters, dtype=torch.float64, device=device)
+    self._centers = min((_first_centers(self, sample, sw, generator, device) for _ in range(starts)),
+                        key=lambda c: float(assign_all(sample, c, sw, spherical=self.metric == "cosine")[1]))
+    self._counts = torch.zeros(self.n_clusters, dtype=torch.float64, device=device)
 
 # %% ../../nbs/clustering/01_kmeans.ipynb #293fe2ee
 @patch
-def _step(self: MiniBatchKMeans, part, w, generator, reassign):
-    "One batch: label, move, and now and then give idle centres a new place. Returns the batch's inertia before the move."
+def _step(self: MiniBatchKMeans, part, w):
+    "One batch: label, move, and every ten points a cluster give idle centres a new place. Returns the batch's inertia before the move."
     spherical, centers = self.metric == "cosine", self._centers
+    self._since += len(part)
+    reassign = self._since >= 10 * self.n_clusters
+    if reassign: self._since = 0
     part = block(part[None], slice(None), centers, spherical)[0]
     w = None if w is None else w.to(part)
     labels, inertia = assign_all(part, centers, w)
@@ -249,7 +261,7 @@ def _step(self: MiniBatchKMeans, part, w, generator, reassign):
         idle = counts < self.reassignment_ratio * counts.max()
         if idle.sum() > len(part) // 2: idle &= counts < counts.sort().values[len(part) // 2]  # never more than half a batch
         if idle.any():
-            rows = torch.randperm(len(part), generator=generator)[:int(idle.sum())].to(part.device)
+            rows = torch.randperm(len(part), generator=self._generator)[:int(idle.sum())].to(part.device)
             centers[idle], counts[idle] = part[rows], counts[~idle].min()
     self._centers, self._counts = torch.nn.functional.normalize(centers, dim=-1) if spherical else centers, counts
     self.n_steps_ += 1
@@ -265,14 +277,8 @@ def partial_fit(self: MiniBatchKMeans,
     "Learn from one batch; call it again with the next. Returns self."
     first = not hasattr(self, "_counts")
     x, w, device = _check(self, X, sample_weight, reset=first)
-    if first:
-        self._generator, self.n_steps_ = as_generator(self.random_state), 0
-        self._centers, self._counts = _start(self, x, w, self._generator, device)
-        self._since = 0
-    self._since += len(x)
-    reassign = self._since >= 10 * self.n_clusters
-    if reassign: self._since = 0
-    self._step(x, w, self._generator, reassign)
+    if first: _begin(self, x, w, device)
+    self._step(x, w)
     self.counts_ = like(self._counts, X)
     labels, inertia = assign_all(x, self._centers, w, spherical=self.metric == "cosine")  # by the centres that are returned
     return _set_fitted(self, X, labels, inertia, self._centers, self.n_steps_)
@@ -287,19 +293,15 @@ def fit(self: MiniBatchKMeans,
     "Draw batches at random until the smoothed inertia stands still, then label all points once; returns self."
     x, w, device = _check(self, X, sample_weight)
     check_int(self.batch_size, "batch_size")
-    generator, size = as_generator(self.random_state), min(self.batch_size, len(x))
-    self._centers, self._counts = _start(self, x, w, generator, device)
-    self.n_steps_, since, smooth, best, stale = 0, 0, None, float("inf"), 0
+    size, smooth, best, stale = min(self.batch_size, len(x)), None, float("inf"), 0
+    _begin(self, x, w, device)
     alpha = min(1.0, 2 * size / (len(x) + 1))
     for step in range(-(-self.max_iter * len(x) // size)):
-        since += size
-        reassign = since >= 10 * self.n_clusters
-        since = 0 if reassign else since
-        inertia = self._step(*_draw(x, w, size, generator), generator, reassign) / size
+        inertia = self._step(*_draw(x, w, size, self._generator)) / size
         if step == 0: continue  # the first batch measures the start
         smooth = inertia if smooth is None else (1 - alpha) * smooth + alpha * inertia
         best, stale = (smooth, 0) if smooth < best else (best, stale + 1)
         if self.max_no_improvement is not None and stale >= self.max_no_improvement: break
     self.counts_ = like(self._counts, X)
     labels, J = assign_all(x, self._centers, w, spherical=self.metric == "cosine")
-    return _set_fitted(self, X, labels, J, self._centers, -(-self.n_steps_ * size // len(x)))
+    return _warn_if_fewer(_set_fitted(self, X, labels, J, self._centers, -(-self.n_steps_ * size // len(x))))

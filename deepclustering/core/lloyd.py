@@ -73,9 +73,7 @@ def relocate_empty(
     group=None,    # process group whose ranks hold the other points
     spherical=False,
 ):
-    """Give every empty cluster the point that is farthest from its own centre.
-
-    Raises `ValueError` if no point has a positive distance: there are fewer distinct points than clusters."""
+    "Give every empty cluster the point that is farthest from its own centre; it stays empty if all points lie on their centres."
     empty = (W == 0).nonzero().flatten()
     far = distances_to_own(x[None], labels[None], centers[None], spherical)[0]
     if sample_weight is not None: far = far.where(sample_weight.to(far.device) > 0, -1.)
@@ -84,7 +82,7 @@ def relocate_empty(
     weight = torch.ones_like(best) if sample_weight is None else sample_weight.to(best)[who]
     best, points, weight, own = gather((best.double(), points, weight.double(), labels[who]), group)
     for j, i in zip(empty, best.argsort(descending=True, stable=True)[:len(empty)]):
-        if best[i] <= 0: raise ValueError(f"n_clusters={len(W)} exceeds the number of distinct samples with positive weight")
+        if best[i] <= 0: return
         w = weight[i]
         S[j], W[j] = w * points[i], w
         S[own[i]] -= w * points[i]
@@ -242,12 +240,12 @@ def kmeans_plusplus(
     random_state=None,  # None, whole number or generator
     n_local_trials=None,# candidates a step; 1 is the form of @eq-plusplus, None the greedy form with `2 + int(log(k))`
     spherical=False,    # distances between points scaled to length 1
-    rows=65536,         # points a block
+    rows=8192,          # points a block
 ):
     """Indices `(k,)` of first centres, drawn by k-means++ on the CPU's random numbers.
 
     Source: D. Arthur, S. Vassilvitskii, 'k-means++: the advantages of careful seeding', SODA 2007; greedy form as in scikit-learn.
-    Raises `ValueError` if there are fewer distinct points (of positive weight) than clusters."""
+    If fewer points than `n_clusters` are distinct, the rest of the centres repeat some. Raises `ValueError` if `n_clusters` exceeds the number of points."""
     n = len(x)
     check_int(n_clusters, "n_clusters", high=n, why=f"n_samples={n}")
     generator = as_generator(random_state)
@@ -257,11 +255,13 @@ def kmeans_plusplus(
     chosen = []
     for step in range(n_clusters):
         mass = (w if step == 0 else w * D2).cumsum(0)
-        if mass[-1] <= 0: raise ValueError(f"n_clusters={n_clusters} exceeds the number of distinct samples with positive weight ({step})")
+        if mass[-1] <= 0: mass = w.cumsum(0)  # every point lies on a centre already
         draws = torch.rand(1 if step == 0 else trials, generator=generator, dtype=torch.float64) * mass[-1]
         candidates = torch.searchsorted(mass, draws, right=True).clamp_(max=n - 1)
         C = block(x[None], candidates.to(x.device), torch.empty(0, dtype=torch.float64), spherical)[0]
-        best = torch.cat([torch.minimum(D2[i:i + rows, None], squared_distances(block(x[None], slice(i, i + rows), C, spherical)[0], C)) for i in range(0, n, rows)])
+        best = torch.empty(n, len(candidates), dtype=torch.float64)
+        for i in range(0, n, rows):
+            best[i:i + rows] = torch.minimum(D2[i:i + rows, None], squared_distances(block(x[None], slice(i, i + rows), C, spherical)[0], C))
         winner = (w @ best).argmin()
         D2 = best[:, winner].contiguous()
         chosen.append(int(candidates[winner]))

@@ -31,7 +31,7 @@ def use_style():
     import matplotlib.pyplot as plt
     from cycler import cycler
     plt.rcParams.update({
-        "figure.figsize": (5.6, 3.2), "figure.dpi": 100, "figure.facecolor": "none", "axes.facecolor": "none",
+        "figure.figsize": (5.6, 3.2), "figure.dpi": 150, "figure.facecolor": "none", "axes.facecolor": "none",
         "savefig.facecolor": "none", "savefig.bbox": "tight", "figure.constrained_layout.use": True,
         "axes.prop_cycle": cycler(color=PALETTE), "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
         "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8,
@@ -56,7 +56,7 @@ def scatter(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots()[1]
     colours = INK if labels is None else [INK if l < 0 else PALETTE[int(l) % len(PALETTE)] for l in labels]
-    ax.scatter(*zip(*[(float(x), float(y)) for x, y in points]), c=colours, s=size, linewidths=0, rasterized=len(points) > 2000)
+    ax.scatter(*zip(*[(float(x), float(y)) for x, y in points]), c=colours, s=size, linewidths=0, rasterized=len(points) > 500)
     if centers is not None:
         ax.scatter(*zip(*[(float(x), float(y)) for x, y in centers]), c="none", edgecolors=INK, marker="o", s=90, linewidths=1.6)
     ax.set_aspect("equal")
