@@ -33,6 +33,8 @@ def measure(n=200_000, d=64, k=256, max_iter=10, rounds=9, threads=1):
     import numpy as np
     import torch
     from threadpoolctl import threadpool_limits
+
+    from deepclustering.core import assign_all
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     rng = np.random.default_rng(0)
@@ -42,7 +44,9 @@ def measure(n=200_000, d=64, k=256, max_iter=10, rounds=9, threads=1):
     with threadpool_limits(threads):
         runs = contestants(x, centers, max_iter)
         found = {name: run() for name, run in runs.items()}  # warm-up, and the check that all do the same work
-        for name, c in found.items(): np.testing.assert_allclose(c, found["scikit-learn"], atol=1e-2, err_msg=name)
+        # a point halfway between two centres goes either way with the last bit, so the inertias must agree, not every centre
+        inertias = {name: float(assign_all(torch.from_numpy(x), torch.as_tensor(c))[1]) for name, c in found.items()}
+        assert max(inertias.values()) < 1.0001 * min(inertias.values()), inertias
         for _ in range(rounds):
             for name, run in runs.items():
                 start = time.perf_counter()

@@ -7,6 +7,7 @@ __all__ = ['sort_by_slot', 'unsort', 'segment_sum', 'segment_mean', 'segment_max
            'dense_blocks', 'segment_softmax_sum']
 
 # %% ../../nbs/core/11_aggregate.ipynb #f79b0ae2
+import itertools
 import math
 
 import torch
@@ -25,7 +26,8 @@ def _check_index(
     if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(f"index must be a vector of whole numbers, got {index.dtype} of shape {tuple(index.shape)}")
     index = index.long()
-    k = check_int(n_segments, "n_segments", low=0) if n_segments is not None else int(index.max()) + 1 if len(index) else 0
+    if n_segments is None: n_segments = max(0, int(index.max()) + 1) if len(index) else 0
+    k = check_int(n_segments, "n_segments", low=0, high=2**31)
     if check and len(index):
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= k: raise ValueError(f"index must be at least 0 and below n_segments = {k}, got {low if low < 0 else high}")
@@ -59,8 +61,7 @@ def sort_by_slot(
     `x[order].split(counts.tolist())` are the slots' items, in the order of arrival. Raises `ValueError` if `index` is no vector of
     whole numbers or has an entry outside."""
     index, k = _check_index(index, n_segments, check)
-    narrow = torch.int16 if k <= 2**15 else torch.int32 if k <= 2**31 else torch.int64
-    return torch.argsort(index.to(narrow), stable=True), torch.bincount(index, minlength=k)
+    return torch.argsort(index.to(torch.int16 if k <= 2**15 else torch.int32), stable=True), torch.bincount(index, minlength=k)
 
 # %% ../../nbs/core/11_aggregate.ipynb #52d01ccc
 def unsort(
@@ -81,7 +82,7 @@ def _sum(
     k,       # number of slots
 ):
     "@eq-sum, `(k, d)`; always in the same order."
-    if x.numel() == 0 or k == 0: return x.new_zeros(k, x.shape[1])
+    if x.numel() == 0: return x.new_zeros(k, x.shape[1])
     if not x.is_cuda and (x.dtype == torch.float64 or x.shape[1] < 8):
         return x.new_zeros(k, x.shape[1]).index_add_(0, index, x if weights is None else x * weights[:, None])
     order, counts = sort_by_slot(index, k, check=False)
@@ -193,9 +194,9 @@ def _maximum_and_norm(
     m.masked_fill_(m == -math.inf, 0)
     rows = max(1, len(x) if x.is_cuda else _BLOCK // max(1, x.shape[1]))
     s = torch.zeros_like(m)
-    for i in range(0, len(x), rows):
-        part, a = x[i:i + rows], index[i:i + rows]
-        e = torch.sub(part, m.index_select(0, a), out=None if out is None else out[i:i + rows]).exp_()
+    into = itertools.repeat(None) if out is None else out.split(rows)
+    for part, a, o in zip(x.split(rows), index.split(rows), into):
+        e = torch.sub(part, m.index_select(0, a), out=o).exp_()
         if x.is_cuda: s = _sum(e, None, a, k)  # one block, no atomics
         else: s.index_add_(0, a, e)
     return m, s

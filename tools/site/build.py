@@ -13,6 +13,9 @@ import jinja2, pypandoc, yaml
 from nbdev.config import get_config
 from pygments import formatters, highlight, lexers, styles, token
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from readme import fill_in
+
 HERE, CFG = Path(__file__).parent, get_config()
 CACHE, SITE = CFG.config_path / ".cache/site", CFG.doc_host + CFG.doc_baseurl
 MIME = ("image/svg+xml", "image/png", "text/markdown", "text/html", "text/plain")  # the first that an output has is shown
@@ -95,7 +98,7 @@ class Page:
     def cell(self, cell):
         "Markdown of one cell, by Quarto's directives: what is shown and folded, the label and the caption."
         source = "".join(cell["source"])
-        if cell["cell_type"] != "code": return source
+        if cell["cell_type"] != "code": return fill_in(source)
         options = {key: yaml.safe_load(value) for key, value in re.findall(r"^#\| *([\w-]+): *(.+)$", source, re.M)}
         if options.get("include") is False: return ""
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
