@@ -1,7 +1,6 @@
 """The site that `make site` builds without Quarto: a page of every construct, and the book itself, in files and in a browser."""
 import configparser
 import functools
-import gzip
 import http.server
 import importlib.util
 import json
@@ -117,10 +116,16 @@ def test_no_broken_link_and_no_broken_anchor(site):
             if address.fragment and target.suffix == ".html": assert unquote(address.fragment) in read(target).ids, f"{path.name}: {link}"
 
 
+# The budget is 60 KB of HTML a page. These chapters are over it, by their prose and code and not by their markup: they may
+# only shrink, and a page that comes under the budget leaves the list.
+OVER = {"aggregate.html": 132_000, "assign.html": 130_000, "data.html": 100_000, "distributed.html": 100_000,
+        "metrics.html": 93_000, "kmeans.html": 76_000, "lloyd.html": 72_000}
+
+
 def test_each_page_is_small_and_well_formed(site):
     for path in pages(site):
         page, text = read(path), path.read_text()
-        assert len(gzip.compress(text.encode())) < 60_000, f"{path.name} as it is sent"
+        assert len(text.encode()) < OVER.get(path.name, 60_000), path.name
         assert page.first == {"class": "skip", "href": "#content"} and "content" in page.ids
         assert page.levels.count(1) == 1 and page.levels[0] == 1
         assert not [i for i, n in Counter(page.ids).items() if n > 1], path.name

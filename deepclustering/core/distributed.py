@@ -29,6 +29,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait as first_ready
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,14 +65,30 @@ def _traceback(error):
         chain += [one.__cause__, one.__context__]
     return "".join(shown.format())
 
+# beside tensors and plain containers, what may cross: arrays, and further down the ledger
+_KNOWN = [np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0], *{type(np.dtype(c)) for c in "?bhilqBHILQefdFD"}]
+_PLAIN = (torch.Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
+
+def _check_answer(value):
+    "Raise a TypeError for what cannot leave its process."
+    if isinstance(value, dict): value = [*value.keys(), *value.values()]
+    if isinstance(value, _PLAIN): return
+    if type(value) in (list, tuple, set, *_KNOWN):
+        for part in value: _check_answer(part)
+    else:
+        raise TypeError("a rank can return tensors, arrays, numbers, strings, None, and lists, tuples and dicts of them; "
+                        f"a value of type {type(value).__name__} cannot leave its process")
+
 def _pack(value):
     "`value` as bytes. Not through torch.multiprocessing, which would leave the tensors in shared memory."
+    _check_answer(value)
     buffer = io.BytesIO()
-    try: torch.save(value, buffer)
-    except Exception as error:
-        raise TypeError("a rank can return tensors, arrays, numbers, strings, None, and lists, tuples and dicts of them; "
-                        f"a value of type {type(value).__name__} cannot leave its process: {error}") from None
+    torch.save(value, buffer)
     return buffer.getbuffer()
+
+def _unpack(data):
+    "What `_pack` packed; anything that is neither plain nor in `_KNOWN` is refused, as a pickle could run code."
+    with torch.serialization.safe_globals(_KNOWN): return torch.load(io.BytesIO(data), weights_only=True)
 
 # %% ../../nbs/core/20_distributed.ipynb #6e0f16b5
 def _rank(rank, world, fn, args, folder, board, pipe, parent, timeout):
@@ -223,7 +240,7 @@ def _listen(ranks, pipes, board, folder, timeout, patience):
         ready = first_ready(list(pending), _TICK)
         for pipe in ready:  # each rank sends one message in its life, or dies without
             rank = pending.pop(pipe)
-            try: good, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+            try: good, value = _unpack(pipe.recv_bytes())
             except EOFError: good, value = False, (0.0, "died without an answer", _last_words(ranks[rank], folder, rank))
             except Exception as error: good, value = False, (0.0, f"returned a value that this process cannot read: {error}", "")
             (answers if good else failed)[rank] = value
@@ -306,6 +323,9 @@ class Traffic(list):
     def calls(self, op=None): return len(self._of(op))
     def sent(self, op=None): return sum(m.sent for m in self._of(op))
     def received(self, op=None): return sum(m.received for m in self._of(op))
+    def __reduce__(self): return Traffic, (list(self),)  # so that it can leave its rank
+
+_KNOWN += [Message, Traffic]
 
 # %% ../../nbs/core/20_distributed.ipynb #c4f90e7c
 class Table(list):

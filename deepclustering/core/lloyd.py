@@ -240,9 +240,8 @@ def kmeans_plusplus(
     random_state=None,  # None, whole number or generator
     n_local_trials=None,# candidates a step; 1 is the form of @eq-plusplus, None the greedy form with `2 + int(log(k))`
     spherical=False,    # distances between points scaled to length 1
-    rows=8192,          # points a block
 ):
-    """Indices `(k,)` of first centres, drawn by k-means++ on the CPU's random numbers.
+    """Indices `(k,)` of first centres, drawn by k-means++ with the CPU's random numbers, computed where `x` is.
 
     Source: D. Arthur, S. Vassilvitskii, 'k-means++: the advantages of careful seeding', SODA 2007; greedy form as in scikit-learn.
     If fewer points than `n_clusters` are distinct, the rest of the centres repeat some. Raises `ValueError` if `n_clusters` exceeds the number of points."""
@@ -250,16 +249,16 @@ def kmeans_plusplus(
     check_int(n_clusters, "n_clusters", high=n, why=f"n_samples={n}")
     generator = as_generator(random_state)
     trials = n_local_trials or 2 + int(torch.tensor(float(n_clusters)).log())
-    w = torch.ones(n, dtype=torch.float64) if sample_weight is None else sample_weight.double().cpu()
-    D2 = torch.full((n,), torch.inf, dtype=torch.float64)
-    chosen = []
+    w = torch.ones(n, dtype=torch.float64, device=x.device) if sample_weight is None else sample_weight.to(x.device, torch.float64)
+    D2 = torch.full_like(w, torch.inf)
+    rows, chosen = max(256, block_rows(1, x.shape[1], x.device) // 8), []
     for step in range(n_clusters):
         mass = (w if step == 0 else w * D2).cumsum(0)
         if mass[-1] <= 0: mass = w.cumsum(0)  # every point lies on a centre already
-        draws = torch.rand(1 if step == 0 else trials, generator=generator, dtype=torch.float64) * mass[-1]
+        draws = torch.rand(1 if step == 0 else trials, generator=generator, dtype=torch.float64).to(x.device) * mass[-1]
         candidates = torch.searchsorted(mass, draws, right=True).clamp_(max=n - 1)
-        C = block(x[None], candidates.to(x.device), torch.empty(0, dtype=torch.float64), spherical)[0]
-        best = torch.empty(n, len(candidates), dtype=torch.float64)
+        C = block(x[None], candidates, w, spherical)[0]
+        best = w.new_empty(n, len(candidates))
         for i in range(0, n, rows):
             best[i:i + rows] = torch.minimum(D2[i:i + rows, None], squared_distances(block(x[None], slice(i, i + rows), C, spherical)[0], C))
         winner = (w @ best).argmin()
