@@ -15,7 +15,8 @@ def result_table(nb):
 def write_page(nb, path):
     "The executed notebook as one HTML file with its figures inside."
     from nbconvert import HTMLExporter
-    html, _ = HTMLExporter(template_name="lab", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+    html, _ = HTMLExporter(template_name="lab", embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True,
+                           mathjax_url="", require_js_url="").from_notebook_node(nb)  # the page asks nothing of the network
     path.write_text(html, encoding="utf-8")
 
 

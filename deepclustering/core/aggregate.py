@@ -183,33 +183,52 @@ def segment_max(
     return _Max.apply(rows, index, k).reshape(k, *x.shape[1:]).to(x.dtype)
 
 # %% ../../nbs/core/11_aggregate.ipynb #ae732911
-_BLOCK = 2**16  # numbers in a block: 256 KB of float32
+_BLOCK = 2**18  # numbers in a block: 1 MB of float32
 
-def _maximum_and_norm(
+def _row_blocks(
+    x,       # `(n, d)`
+    *others, # `(n, ...)` or None
+):
+    "Tuples of the same rows of all; on a GPU all rows at once."
+    rows = max(1, len(x) if x.is_cuda else _BLOCK // max(1, x.shape[1]))
+    return zip(*(itertools.repeat(None) if t is None else t.split(rows) for t in (x, *others)))
+
+def _in_range(
+    x, # `(n, d)` float32 or float64
+):
+    "Is @eq-limit true? A GPU is not asked."
+    reach = -math.log(torch.finfo(x.dtype).tiny) / 2
+    return not x.is_cuda and x.numel() > 0 and bool(torch.stack(x.aminmax()).abs().amax() <= reach)
+
+def _maximum(
     x, index, k, # as in `_sum`
+):
+    "`m` of @eq-softmax, `(k, d)`; 0 where there is nothing or all is -inf."
+    m = _max(x, index, k)
+    return m.masked_fill_(m == -math.inf, 0)
+
+def _norm(
+    x,           # `(n, d)`
+    m,           # `(k, d)`, or None for 0
+    index, k,
     out=None,    # `(n, d)`, receives exp(x - m)
 ):
-    "`m` and `s` of @eq-softmax, `(k, d)` each; `m` is 0 where there is nothing or all is -inf."
-    m = _max(x, index, k)
-    m.masked_fill_(m == -math.inf, 0)
-    rows = max(1, len(x) if x.is_cuda else _BLOCK // max(1, x.shape[1]))
-    s = torch.zeros_like(m)
-    into = itertools.repeat(None) if out is None else out.split(rows)
-    for part, a, o in zip(x.split(rows), index.split(rows), into):
-        e = torch.sub(part, m.index_select(0, a), out=o).exp_()
+    "`s` of @eq-softmax, `(k, d)`."
+    s = x.new_zeros(k, x.shape[1])
+    for part, a, o in _row_blocks(x, index, out):
+        e = torch.exp(part, out=o) if m is None else torch.sub(part, m.index_select(0, a), out=o).exp_()
         if x.is_cuda: s = _sum(e, None, a, k)  # one block, no atomics
         else: s.index_add_(0, a, e)
-    return m, s
+    return s
 
 def _softmax(
     x, index, k, # as in `_sum`
 ):
     "@eq-softmax, `(n, d)`."
     p = torch.empty_like(x)
-    _, s = _maximum_and_norm(x, index, k, out=p)
+    s = _norm(x, None if _in_range(x) else _maximum(x, index, k), index, k, out=p)
     s.masked_fill_(s == 0, 1)
-    rows = max(1, len(x) if x.is_cuda else _BLOCK // max(1, x.shape[1]))
-    for part, a in zip(p.split(rows), index.split(rows)): part.div_(s.index_select(0, a))
+    for part, a in _row_blocks(p, index): part.div_(s.index_select(0, a))
     return p
 
 # %% ../../nbs/core/11_aggregate.ipynb #64468f22
@@ -242,13 +261,13 @@ def segment_softmax(
     index, k = _check(x, index, n_segments, check)
     return _Softmax.apply(_rows(x), index, k).reshape(x.shape).to(x.dtype)
 
-# %% ../../nbs/core/11_aggregate.ipynb #1bf17ff0
+# %% ../../nbs/core/11_aggregate.ipynb #a9f85c5e
 class _LogSumExp(Function):
     "@eq-logsumexp; +inf stays +inf, although its softmax is NaN."
     @staticmethod
     def forward(x, index, k):
-        m, s = _maximum_and_norm(x, index, k)
-        return torch.where(m == math.inf, m, m + s.log())
+        m = _maximum(x, index, k)
+        return torch.where(m == math.inf, m, m + _norm(x, m, index, k).log())
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2])
@@ -304,6 +323,13 @@ def _softmax_sum(
     index, k,
 ):
     "@eq-softmax-sum, `(k, d)`."
+    if logits is None and k * x.shape[1] <= _BLOCK and _in_range(x):
+        s, y = x.new_zeros(2, k, x.shape[1])
+        for v, a in _row_blocks(x, index):
+            e = v.exp()
+            s.index_add_(0, a, e)
+            y.index_add_(0, a, e.mul_(v))
+        return y.div_(s.masked_fill_(s == 0, 1))
     if x.is_cuda or x.numel() < _BLOCK: return _sum(x * _softmax(x if logits is None else logits, index, k), None, index, k)
     y = x.new_zeros(k, x.shape[1])
     for slots, items in dense_blocks(index, k, _BLOCK // x.shape[1]):
