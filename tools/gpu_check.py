@@ -171,6 +171,37 @@ def inertia_excess(centers, inputs):
     return inertia(centers.cpu().double()) / inertia(kmeans(x, c, max_iter=10).centers) - 1
 
 
+# --- core.transport -----------------------------------------------------------------------------------------------------
+
+def scores_of_items(shape=(16_384, 1_000)):
+    def make(generator, big):
+        return (torch.rand(*(shape if big else (130, 17)), generator=generator),)
+    return make
+
+
+def passes(count):
+    "Each iteration reads the scores twice; two operations an entry and reading."
+    return lambda s: (2 * count * size(s), 4 * count * s.numel())
+
+
+def sinkhorn(**policy):
+    def call(s):
+        from deepclustering.core.transport import sinkhorn
+        return sinkhorn(s, eps=0.1, n_iters=20, tol=0, **policy) * s.numel()
+    return call
+
+
+for _name, _policy in [("balanced", {}), ("unbalanced", {"rho_a": 0.5, "rho_b": 0.5}), ("partial", {"mass": 0.5})]:
+    check(f"transport.sinkhorn {_name}", scores_of_items(), 1e-4, passes(20))(sinkhorn(**_policy))
+
+
+@check("transport.sinkhorn implicit gradient", scores_of_items((4_096, 256)), 1e-3, passes(200))
+def _(s):
+    from deepclustering.core.transport import sinkhorn
+    leaf = s.detach().requires_grad_()
+    return torch.autograd.grad((sinkhorn(leaf, eps=0.5, n_iters=200, tol=1e-6) * s).sum(), leaf)[0]
+
+
 # --- running them -------------------------------------------------------------------------------------------------------
 
 def timed(call, repeats=10, seconds=4.0):
