@@ -196,7 +196,7 @@ def minibatch_update(
     "New centres and counts after one batch, by @eq-minibatch."
     k = len(centers)
     w = torch.ones(len(part), dtype=torch.float64, device=part.device) if sample_weight is None else sample_weight.double()
-    S, W = segment_sum(part.double() * w[:, None], labels, k), segment_sum(w, labels, k)
+    S, W = segment_sum(part.double(), labels, k, weights=w), segment_sum(w, labels, k)
     total = counts + W
     moved = (counts[:, None] * centers.double() + S) / total[:, None]
     return torch.where(W[:, None] > 0, moved, centers.double()).to(centers), total
