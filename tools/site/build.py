@@ -2,29 +2,28 @@
 
 Pages were executed before (`make run`); here nbdev runs only the imports and definitions that it needs for signatures.
 """
-import base64, json, os, re, shutil, subprocess, sys
+import base64, hashlib, json, os, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
-from html import escape, unescape
+from html import escape
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
 
 import jinja2, pypandoc, yaml
 from nbdev.config import get_config
-from pygments import formatters, highlight, lexers, styles, token
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from readme import fill_in
 
 HERE, CFG = Path(__file__).parent, get_config()
 CACHE, SITE = CFG.config_path / ".cache/site", CFG.doc_host + CFG.doc_baseurl
+OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "include", "echo", "output", "eval", "code-fold", "code-summary"}  # of a cell
 MIME = ("image/svg+xml", "image/png", "text/markdown", "text/html", "text/plain")  # the first that an output has is shown
 
 
 def stop(message): sys.exit(f"site: {message}")
 
 
-def digest(*parts): return sha256(repr(parts).encode()).hexdigest()[:24]
+def digest(*parts): return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def cached(make, *parts):
@@ -37,15 +36,14 @@ def cached(make, *parts):
 def process(source):
     "What nbdev_proc_nbs (which would try to install Quarto) makes of one notebook. Code runs for signatures, once for the same code."
     notebook, index = CFG.nbs_path / source, CFG.lib_path / "_modidx.py"
-    if not notebook.exists(): stop(f"sidebar.yml lists {source}, which does not exist")
+    text = notebook.read_text() if notebook.exists() else stop(f"sidebar.yml lists {source}, which does not exist")
     def run(*skipped):
         from execnb import nbio
         from nbdev import process, processors
         procs = [proc for proc in processors.FilterDefaults().procs() if proc.__name__ not in skipped]
         process.NBProcessor(nb=(nb := nbio.read_nb(notebook)), procs=procs).process()
         return nbio.nb2str(nb)
-    text, common = notebook.read_text(), (CFG.config_file.read_text(), index.read_text())
-    code = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    code, common = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"], (CFG.config_file.read_text(), index.read_text())
     page, executed = json.loads(cached(lambda: run("exec_show_docs"), text, common)), json.loads(cached(run, code, common))
     signatures = ([c for c in nb["cells"] if re.search(r"^show_doc\(", "".join(c["source"]), re.M)] for nb in (page, executed))
     for cell, shown in zip(*signatures): cell["outputs"] = shown["outputs"]
@@ -76,7 +74,7 @@ class Page:
         "Under the title: open it in Colab, what it ran on, edit it. Every address comes from settings.ini."
         path, colab = f"{CFG.branch}/{CFG.nbs_path.name}/{self.source}", CFG.git_url.replace("github.com", "colab.research.google.com/github")
         ran = "Ran on {date} at commit {commit} in {seconds} s: {device}, Python {python}, torch {torch}.".format_map(self.ran)
-        return (f"::: {{.origin}}\n[![Open in Colab]({self.to('colab.svg')})]({colab}/blob/{path}) {ran} "
+        return (f"::: {{.origin data-pagefind-ignore=''}}\n[![Open in Colab]({self.to('colab.svg')})]({colab}/blob/{path}) {ran} "
                 f"[Edit this page]({CFG.git_url}/edit/{path})\n:::")
 
     def figure(self, kind, content, options):
@@ -90,16 +88,16 @@ class Page:
     def output(self, out, options):
         "Markdown of one output of a cell; show_doc's is Markdown already."
         if "data" not in out: return block(out.get("text") or f"{out['ename']}: {out['evalue']}", f".result .{out['output_type']}")
-        kind = next(kind for kind in MIME if kind in out["data"])
-        content = "".join(out["data"][kind])
+        content = "".join(out["data"][kind := next(kind for kind in MIME if kind in out["data"])])
         if kind.startswith("image"): return self.figure(kind, content, options)
-        return {"text/markdown": content, "text/html": block(content, "=html"), "text/plain": block(content, ".result")}[kind]
+        return {"text/markdown": fill_in(content), "text/html": block(fill_in(content), "=html"), "text/plain": block(content, ".result")}[kind]
 
     def cell(self, cell):
         "Markdown of one cell, by Quarto's directives: what is shown and folded, the label and the caption."
         source = "".join(cell["source"])
         if cell["cell_type"] != "code": return fill_in(source)
         options = {key: yaml.safe_load(value) for key, value in re.findall(r"^#\| *([\w-]+): *(.+)$", source, re.M)}
+        if unknown := options.keys() - OPTIONS: stop(f"{self.source}: nothing here reads the option {', '.join(sorted(unknown))}")
         if options.get("include") is False: return ""
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
         parts = [block(code, "." + cell["metadata"].get("language", "python"))] if code and options.get("echo") is not False else []
@@ -121,10 +119,10 @@ class Page:
                    "-M", "reference-section-title=References", "-M", "title=page"]
         def make():
             run = subprocess.run(command, input=markdown, capture_output=True, text=True)
-            if run.stderr or run.returncode: stop(f"{self.source}: {run.stderr}")
-            return re.sub(r'<pre class="([^"]+)"><code>(.*?)</code></pre>', coloured, slim(run.stdout), flags=re.S)
-        sources = [Path(path).read_bytes() for path in (__file__, HERE / "quarto.lua", HERE / "body.html", bibliography)]
-        self.toc, self.body = cached(make, markdown, sources).split("<!-- body -->")
+            if run.stderr or run.returncode or "{{&lt;" in run.stdout: stop(f"{self.source}: {run.stderr or 'a shortcode, which only Quarto reads'}")
+            return slim(run.stdout)
+        made_by = [Path(path).read_bytes() for path in (__file__, HERE / "quarto.lua", HERE / "body.html", bibliography)]
+        self.toc, self.body = cached(make, markdown, made_by).split("<!-- body -->")
 
     def linked(self, pages):
         "The body with links to notebooks and to nbdev's API made relative; a symbol without a heading is found at its class or page."
@@ -134,30 +132,19 @@ class Page:
         def symbol(match):
             known = next((page.body for page in pages.values() if page.out == match[1]), "")
             anchor = next((name for name in (match[2], match[2].split(".")[0]) if f'id="{name}"' in known), "")
-            return f'href="{self.to(match[1] or "index.html")}#{anchor}"'.replace('#"', '"')
-        html = re.sub(r'href="(?!\w+:)([^"#]+\.ipynb)', notebook, self.body)
-        return re.sub(rf'href="{re.escape(SITE)}/([^"#]*)#?([^"]*)"', symbol, html)
+            return f'href="{"" if anchor and match[1] == self.out else self.to(match[1] or "index.html")}#{anchor}"'.replace('#"', '"')
+        return re.sub(rf'href="{re.escape(SITE)}/([^"#]*)#?([^"]*)"', symbol, re.sub(r'href="(?!\w+:)([^"#]+\.ipynb)', notebook, self.body))
 
 
 def slim(html):
-    "Without the TeX inside MathML and the signatures that the source below repeats; one H1 a page."
-    html = re.sub(r' xmlns="[^"]*"|<semantics>|<annotation.*?</semantics>', "", html, flags=re.S)
-    shown = r'(</h3>)\s*<pre(?:(?!</pre>).)*</pre>(?=(?:(?!</?section).)*</section>\s*<details class="fold" open>)'
-    return re.sub(r"(</?)h1\b", r"\1h2", re.sub(shown, r"\1", html, flags=re.S))
-
-
-def coloured(match):
-    "Pygments on one block of code, plain names left plain; what is not a language stays as it is."
-    try: html = highlight(unescape(match[2]), lexers.get_lexer_by_name(match[1]), formatters.HtmlFormatter(nowrap=True))
-    except lexers.ClassNotFound: return match[0]
-    return '<pre class="code"><code>' + re.sub(r'<span class="(?:n|o|p|w)">([^<]*)</span>', r"\1", html).rstrip() + "</code></pre>"
-
-
-def colours(light="default", dark="github-dark"):
-    "The style sheet of the code: Pygments' tokens on light and on dark ground."
-    pairs = {name: [styles.get_style_by_name(style).style_for_token(kind)["color"] for style in (light, dark)]
-             for kind, name in token.STANDARD_TYPES.items() if name}
-    return "\n".join(f".code .{name} {{ color: light-dark(#{a}, #{b}) }}" for name, (a, b) in pairs.items() if a and b)
+    "Without what no browser shows: end tags and attributes that change nothing, TeX inside MathML, a signature that the source below repeats; one H1."
+    noise = (r' xmlns="[^"]*"| display="inline"|<semantics>|<annotation.*?</semantics>|<colgroup>.*?</colgroup>\n| class="(?:odd|even|header)"| style="text-align: left;"'
+             r'|</(?:li|td|th|tr|thead|tbody)>| (?=/>)| target="_blank" style="float:right; font-size:smaller"| data-cites="[^"]*"| id="toc-[^"]*"')
+    pairs = [(noise, ""), (r"(<math[^>]*>)<mrow>(.*?)</mrow></math>", r"\1\2</math>"), ("></mspace>", "/>"), (r' form="\w+">([][(){}])<', r">\1<"),
+             (r' mathvariant="normal">(\w\w+)<', r">\1<"), (r'(<table[^>]*) style="width: *\d+%;?"', r"\1"), (r"(</?)h1\b", r"\1h2"),
+             (r'(</h3>)\s*<pre(?:(?!</pre>).)*</pre>(?=(?:(?!</?section).)*</section>\s*<details class="fold" open>)', r"\1")]
+    for pattern, replacement in pairs: html = re.sub(pattern, replacement, html, flags=re.S)
+    return re.sub(r">[^<]+<", lambda text: text[0].replace("&quot;", '"').replace("&#39;", "'"), html)
 
 
 def walk(contents, trail=()):
@@ -177,8 +164,7 @@ def with_pandoc(out):
     env.filters["code"] = lambda text: jinja2.utils.markupsafe.Markup(re.sub("`(.+?)`", r"<code>\1</code>", escape(text)))
     env.globals.update(cfg=CFG, site=SITE, pages=pages, contents=contents)
     shell, order = env.get_template("page.html").render, [None, *pages.values(), None]
-    files = {"code.css": colours(), "sitemap.xml": env.get_template("sitemap.xml").render(),
-             "404.html": shell(page={"title": "Page not found", "to": (CFG.doc_baseurl + "/{}").format})}
+    files = {"sitemap.xml": env.get_template("sitemap.xml").render(), "404.html": shell(page={"title": "Page not found", "to": (CFG.doc_baseurl + "/{}").format})}
     for before, page, after in zip(order, order[1:], order[2:]):
         files |= page.files | {page.out: shell(page=page, before=before, after=after, toc=page.toc, body=page.linked(pages))}
     shutil.rmtree(out, ignore_errors=True)
@@ -197,6 +183,10 @@ def with_quarto(out):
     folder = serve.proc_nbs(CFG.nbs_path, n_workers=0, force=True)
     shutil.copy(HERE / "static/colab.svg", folder)
     for path, notebook in ((path, json.loads(path.read_text())) for path in folder.rglob("*.ipynb")):
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown": cell["source"] = fill_in("".join(cell["source"]))
+            for data in (output.get("data", {}) for output in cell.get("outputs", ())):
+                data |= {kind: fill_in("".join(data[kind])) for kind in ("text/markdown", "text/html") if kind in data}
         origin = Page(path.relative_to(folder).as_posix(), (), notebook).origin()
         notebook["cells"].insert(1, {"cell_type": "markdown", "metadata": {}, "source": origin})
         path.write_text(json.dumps(notebook))

@@ -5,8 +5,7 @@ local counts, labels, tabsets = {}, {}, 0
 -- A label's name and number; nil if the identifier is no label.
 local function number(id)
   local kind = id:match("^(%a+)%-")
-  if not names[kind] then return end
-  if labels[id] then error("the label " .. id .. " is used twice") end
+  if not names[kind] then return elseif labels[id] then error("the label " .. id .. " is used twice") end
   counts[kind] = (counts[kind] or 0) + 1
   labels[id] = {name = names[kind] .. "\u{a0}", number = tostring(counts[kind])}
   return labels[id]
@@ -23,6 +22,7 @@ end
 
 -- ::: {#fig-name} anything, then its caption :::
 local function float(div)
+  for name in pairs(div.attributes) do if name:match("^layout") or name:match("subcap$") then error(name .. ": draw the panels in one figure") end end
   if not names[div.identifier:match("^(%a+)%-")] then return end
   local text = pandoc.Plain(div.content:remove().content)
   return caption(pandoc.Figure(div.content, {long = {text}}, div.attr))
@@ -56,8 +56,7 @@ end
 
 local function details(attributes, title, blocks)
   local function html(text) return pandoc.RawBlock("html", text) end
-  return pandoc.Blocks{html("<details " .. attributes .. "><summary>"), pandoc.Plain(title), html("</summary>")} .. blocks
-    .. pandoc.Blocks{html("</details>")}
+  return pandoc.Blocks{html("<details " .. attributes .. "><summary>"), pandoc.Plain(title), html("</summary>")} .. blocks .. {html("</details>")}
 end
 
 -- The title is an attribute, the first heading, or the kind of callout.
