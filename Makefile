@@ -26,7 +26,7 @@ $(VENV)/.dev: settings.ini setup.py pyproject.toml constraints.txt
 	$(call install,dev)
 
 $(VENV)/.test: $(VENV)/.dev
-	$(call install,dev$(comma)peers$(comma)docs)
+	$(call install,dev$(comma)peers$(comma)kernels$(comma)docs)
 
 comma := ,
 
@@ -39,7 +39,7 @@ test: $(VENV)/.test ## the whole suite: notebooks, pytest, studies at smoke scal
 test-deep: $(VENV)/.test ## what takes longer: mutation check, slow tests, benchmarks against peers
 	@$(BIN)/python tools/test.py --deep
 
-run: $(VENV)/.dev ## make run NB=nbs/core/10_assign.ipynb: execute, keep outputs and provenance
+run: $(VENV)/.test ## make run NB=nbs/core/10_assign.ipynb: execute, keep outputs and provenance
 	@test -n "$(NB)" || { echo 'say which notebook: make run NB=nbs/tour.ipynb'; exit 2; }
 	@$(BIN)/python tools/run.py $(NB)
 
@@ -57,7 +57,7 @@ gpu-check: ## every operator on the GPU at hand, against the CPU: gpu-check.json
 
 oracles: ## a second environment with slow or conflicting peers, for `make test-deep`
 	@test -x .venv-oracles/bin/python || $(PYTHON) -m venv .venv-oracles
-	.venv-oracles/bin/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev,peers]'
+	.venv-oracles/bin/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev,peers,kernels]'
 
 lock: $(VENV)/.test ## constraints.txt from what is installed
 	@$(BIN)/python tools/lock.py

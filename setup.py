@@ -32,9 +32,9 @@ setup(
                  "Natural Language :: " + cfg["language"], "Programming Language :: Python :: 3"],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["py.typed"]},
+    package_data={cfg["lib_path"]: ["py.typed", "papers.jsonl"]},
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "peers", "docs")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "peers", "kernels", "docs")},
     entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

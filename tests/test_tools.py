@@ -49,6 +49,7 @@ def test_families():
     assert of("nbs/core/01_checks.ipynb") == "core" and of("nbs/clustering/01_kmeans.ipynb") == "clustering"
     assert of("nbs/studies/clustering_digits.ipynb") == "clustering" and of("nbs/tour.ipynb") == "house"
     assert of("tests/test_ledger.py") == of("tests/test_checks.py") == "core" and of("tests/test_kv_budget.py") == "kv"
+    assert of("nbs/core/30_kernels.ipynb") == of("tests/test_operators.py") == of("tests/test_aggregate_triton.py") == "kernels" != of("tests/test_aggregate.py")
     assert of("tests/test_site.py") == "site" and of("tests/test_house.py") == "house"
 
 

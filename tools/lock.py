@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = "# The versions that the suite was last seen green with: pip install -c constraints.txt -e .[dev,peers,docs]\n"
+HEADER = "# The versions that the suite was last seen green with: pip install -c constraints.txt -e .[dev,peers,kernels,docs]\n"
 
 
 def settings():

@@ -12,6 +12,7 @@ reason, in tests/equivalent_mutants.txt. POSIX only; needs no GPU and hides one,
 """
 import argparse
 import ast
+import ctypes
 import difflib
 import os
 import random
@@ -165,11 +166,17 @@ def runs(cell):
     return cell.cell_type == "code" and not SKIP_FLAGS & d.keys() and d.get("eval:", [""])[0].lower() != "false"
 
 
+def end_with_parent():
+    "A mutant may loop for ever: Linux ends this process when the one that waits for it is killed."
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def in_child(work):
     "Fork; the child does `work()` and exits with 0, or with 1 if it raised. Returns its process id."
     pid = os.fork()
     if pid: return pid
     os.setsid()
+    end_with_parent()
     code, nowhere = 1, os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -208,6 +215,7 @@ def copy_of_checkout():
 
 def check(root, path, every, jobs):
     "Run one notebook of the checkout `root` and its mutants; the mutants tried and how each ended, or the error of the notebook itself."
+    end_with_parent()
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "IN_TEST": "1"}
     sys.path.insert(0, str(root))
     from execnb.shell import CaptureShell
