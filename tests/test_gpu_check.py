@@ -41,3 +41,12 @@ def test_a_wrong_operator_fails(one):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert gpu.main([]) == 2 and "--cpu" in capsys.readouterr().out
+
+
+def test_a_plain_answer_in_place_of_the_kernel_fails(one):
+    from deepclustering.core import operators
+    def call(x):
+        operators.logging.getLogger(operators.__name__).warning("x: no kernel (too large), plain PyTorch instead")
+        return x.sum(0)
+    code, row = one(call)
+    assert code == 1 and "no kernel (too large)" in row["reason"] and not row["ok"]

@@ -14,6 +14,7 @@ matrix rate that this very run measured.
 """
 import argparse
 import json
+import logging
 import math
 import os
 import platform
@@ -139,6 +140,39 @@ for _name, _cost in [("sum", into_slots), ("mean", into_slots), ("max", into_slo
     check(f"aggregate.segment_{_name} sorted", rows_and_slots(1_000, ordered=True), 2e-5, _cost)(segment(_name))
 
 
+def rows_in(n, d, slots, dtype=torch.float32, arrays=1):
+    "One array, or two, of n rows in random slots."
+    def make(generator, big):
+        rows, k = (n, slots) if big else (1003, min(slots, 29))
+        values = (torch.randn(rows, d, generator=generator).to(dtype) for _ in range(arrays))
+        return *values, torch.randint(k, (rows,), generator=generator), torch.tensor(k)
+    return make
+
+
+def softmax_without_a_check(x, index, k):
+    from deepclustering.core.aggregate import segment_softmax
+    return segment_softmax(x, index, int(k), check=False)
+
+
+def softmax_and_gradient(x, g, index, k):
+    leaf = x.detach().requires_grad_()
+    p = softmax_without_a_check(leaf, index, k)
+    return p.detach(), torch.autograd.grad(p, leaf, g)[0]
+
+
+def into_rows_and_back(x, g, index, k): return 5 * size(x) + size(index), 8 * x.numel()  # reads x, p, g, writes p, dx
+
+
+# A weight is at most 1 and rounded once: half an epsilon. The gradient p (g - G) begins with the rounded p, also in G, and is rounded again: two epsilons of the largest
+# p |g|, and that is less than twice the largest |p (g - G)|. In float32 the sums and the exponential 2^(x log2 e) are rounded.
+_epsilon = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+for _name, _n, _d, _slots, _dtype in [("one slot", 1_000_000, 64, 1, torch.float32), ("one slot bf16", 1_000_000, 64, 1, torch.bfloat16), ("one column", 4_000_000, 1, 1_000, torch.float32),
+                                      ("100k slots bf16", 1_000_000, 64, 100_000, torch.bfloat16), ("wide bf16", 64_000, 1_000, 100, torch.bfloat16)]:
+    check(f"aggregate.segment_softmax {_name}", rows_in(_n, _d, _slots, _dtype), _epsilon[_dtype], into_rows)(softmax_without_a_check)
+for _name, _dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+    check(f"aggregate.segment_softmax gradient {_name}", rows_in(1_000_000, 64, 1_000, _dtype, 2), 4 * _epsilon[_dtype], into_rows_and_back)(softmax_and_gradient)
+
+
 # --- core.lloyd and clustering ------------------------------------------------------------------------------------------
 
 def blobs(generator, big):
@@ -146,6 +180,53 @@ def blobs(generator, big):
     centers = 10 * torch.randn(k, d, generator=generator)
     which = torch.randint(k, (n,), generator=generator)
     return centers[which] + torch.randn(n, d, generator=generator), centers + torch.randn(k, d, generator=generator)
+
+
+def one_pass(x, c, *weight): return size(x) + size(c) + sum(map(size, weight)) + 8 * x.shape[:-1].numel() + 8 * c.numel(), 2 * x.numel() * c.shape[-2] + x.numel()
+
+
+def labels_and_sums(output, inputs, call):
+    """Infinite if a label is outside its certificate (float32's, over the first 5,000 points of each problem); else the error of sums and masses from float64 sums
+    by those labels, relative to the sums of magnitudes."""
+    from deepclustering.core.assign import assignment_certificate
+    labels, S, W = (t.cpu() for t in output)
+    x, c, weight = inputs[0].double(), inputs[1], (inputs[2].double() if len(inputs) > 2 else torch.ones(inputs[0].shape[:-1], dtype=torch.float64))
+    (B, n, d), k = x.shape, c.shape[1]
+    if any(assignment_certificate(inputs[0][b, :5_000].float(), c[b], labels[b, :5_000]).outside for b in range(B)): return math.inf
+    slot = (labels + k * torch.arange(B)[:, None]).flatten()
+    add = lambda rows: torch.zeros(B * k, rows.shape[-1], dtype=torch.float64).index_add_(0, slot, rows.flatten(0, 1)).view(B, k, -1)
+    moved = (x - c.mean(1, keepdim=True).double()) * weight[..., None]
+    error = lambda got, want, scale: float(((got - want).abs() / scale.clamp_min(1e-300)).max())
+    return max(error(S, add(moved), add(moved.abs())), error(W[..., None], add(weight[..., None]), add(weight[..., None])))
+
+
+def problems(B, n, k, d, dtype=torch.float32, weighted=False, offset=3.):
+    def make(generator, big):
+        size = (B, n, k, d) if big else (2, 301, min(k, 37), min(d, 19))
+        x, c = (torch.randn(size[0], rows, size[3], generator=generator).add_(offset).to(dtype) for rows in size[1:3])
+        return (x, c.float(), torch.rand(*size[:2], generator=generator)) if weighted else (x, c.float())
+    return make
+
+
+def pass_over(split=False):
+    def call(x, c, weight=None):
+        if split and x.is_cuda:  # three TF32 products on tensor cores: off by default until this passes on a GPU
+            from deepclustering.core.lloyd_triton import label_and_sum
+            return label_and_sum(x, c, weight, True, split=True)
+        from deepclustering.core.lloyd import label_and_sum
+        return label_and_sum(x, c, weight, True)
+    return call
+
+
+# float32 sums of at most 2**14 terms a program: sqrt(2**14) * 2**-24 = 8e-6 where roundings are independent
+for _name, _problem in [("16 centres", problems(1, 1_000_000, 16, 64)), ("64 centres", problems(1, 1_000_000, 64, 64)), ("64 centres of 128", problems(1, 250_000, 64, 128)),
+                        ("64 bfloat16", problems(1, 250_000, 64, 64, torch.bfloat16)), ("64 float16 far away", problems(1, 250_000, 64, 64, torch.float16, offset=300.)),
+                        ("64 weighted", problems(1, 250_000, 64, 64, weighted=True)), ("16 problems", problems(16, 16_384, 64, 64)),
+                        ("256 centres", problems(1, 1_000_000, 256, 64)), ("256 bfloat16", problems(1, 250_000, 256, 64, torch.bfloat16)),
+                        ("1,000 weighted", problems(1, 100_000, 1_000, 128, weighted=True)), ("10 centres of 784", problems(1, 50_000, 10, 784))]:
+    check(f"lloyd.label_and_sum {_name}", _problem, 2e-5, one_pass, labels_and_sums)(pass_over())
+for _name, _problem in [("64 centres", problems(1, 1_000_000, 64, 64)), ("256 centres", problems(1, 1_000_000, 256, 64)), ("16 centres of 4", problems(1, 250_000, 16, 4))]:
+    check(f"lloyd.label_and_sum {_name} split", _problem, 2e-5, one_pass, labels_and_sums)(pass_over(split=True))
 
 
 def ten_passes(x, c): return 10 * (size(x) + 8 * len(x)), 10 * 2 * x.numel() * len(c)
@@ -169,6 +250,39 @@ def inertia_excess(centers, inputs):
     x, c = (t.double() for t in inputs)
     inertia = lambda c: float(torch.cdist(x[:20_000], c).min(1).values.square().sum())
     return inertia(centers.cpu().double()) / inertia(kmeans(x, c, max_iter=10).centers) - 1
+
+
+def dissimilarity_table(dtype):
+    def make(generator, big):
+        n, k = (12_000, 50) if big else (300, 7)
+        x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+        return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").to(dtype), torch.randperm(n, generator=generator)[:k]
+    return make
+
+
+def one_table(D, medoids): return size(D), 6 * D.numel()
+
+
+for _dtype in (torch.float32, torch.float64):
+    @check(f"clustering.fasterpam {str(_dtype)[6:]}", dissimilarity_table(_dtype), 1e-9, one_table)
+    def _(D, medoids):
+        "Loss, medoids in their slots and swaps: the swaps of the CPU, or they differ by whole numbers."
+        from deepclustering.clustering.kmedoids import fasterpam
+        r = fasterpam(D, medoids)
+        return torch.tensor([r.loss], dtype=torch.float64), r.medoids.double(), torch.tensor([r.n_iter, r.n_swap], dtype=torch.float64)
+
+
+@check("clustering.pam_build", dissimilarity_table(torch.float64), 1e-9, lambda D, medoids: (len(medoids) * size(D), 2 * len(medoids) * D.numel()))
+def _(D, medoids):
+    from deepclustering.clustering.kmedoids import build_medoids
+    return build_medoids(D, len(medoids)).double()
+
+
+@check("clustering.CLARA", blobs, 1e-4, lambda x, c: (0, 0))
+def _(x, c):
+    from deepclustering.clustering.kmedoids import CLARA
+    m = CLARA(len(c), random_state=0).fit(x)
+    return torch.tensor([m.inertia_], dtype=torch.float64)
 
 
 # --- core.transport -----------------------------------------------------------------------------------------------------
@@ -200,6 +314,75 @@ def _(s):
     from deepclustering.core.transport import sinkhorn
     leaf = s.detach().requires_grad_()
     return torch.autograd.grad((sinkhorn(leaf, eps=0.5, n_iters=200, tol=1e-6) * s).sum(), leaf)[0]
+
+
+def unit_features(n, k, p, dtype=torch.float32, values=0):
+    "Unit vectors of items and slots, their scores between -1 and 1; perhaps values of the slots."
+    def make(generator, big):
+        rows = (n, k) if big else (131, 37)
+        x, y = (torch.nn.functional.normalize(torch.randn(r, p if big else min(p, 17), generator=generator), dim=1).to(dtype) for r in rows)
+        return (x, y, torch.randn(rows[1], values, generator=generator)) if values else (x, y)
+    return make
+
+
+def half_step(x, y, *rest): return size(x) + size(y) + sum(map(size, rest)) + 4 * (len(x) + len(y)), 2 * len(y) * x.numel()
+
+
+def with_values(x, y, v): return half_step(x, y, v)[0] + 4 * len(x) * v.shape[1], 2 * len(x) * len(y) * (x.shape[1] + v.shape[1])
+
+
+def half_steps(count, more=0):
+    "Two an iteration and `more`: each reads the factors and makes the products."
+    return lambda x, y: tuple((2 * count + more) * c for c in half_step(x, y))
+
+
+def logsumexp_product(x, y):
+    from deepclustering.core.transport import logsumexp_product
+    return logsumexp_product(x, y, scale=20.)
+
+
+def sumexp_product(x, y, v):
+    "With the normaliser that is known here: of scores up to 20 none overflows when 20 is taken off."
+    from deepclustering.core.transport import sumexp_product
+    u = torch.full(x.shape[:1], -20., dtype=v.dtype, device=x.device)
+    return sumexp_product(x, y, u, None, v, 20.)
+
+
+def logsumexp_product_gradient(x, y):
+    from deepclustering.core.transport import logsumexp_product
+    leaves = [t.detach().requires_grad_() for t in (x, y)]
+    return torch.autograd.grad(logsumexp_product(*leaves, scale=5.).square().sum(), leaves)
+
+
+def sinkhorn_factored(**settings):
+    def call(x, y):
+        from deepclustering.core.transport import sinkhorn_factored
+        free = sinkhorn_factored(x, y, **{"eps": 0.1, "n_iters": 5, "tol": 0} | settings)
+        return free.f, free.g, free.to_slots(x)
+    return call
+
+
+# The reference gets the same 16-bit numbers, and their products are exact in float32: what is left are float32 sums, exponents of 20 with an error of 20 * 2^-24, whatever
+# the dtype. Gradients come out in the dtype of the features: half an epsilon, and one for the sum of the two parts of it.
+for _name, _dtype, _epsilon_x in (("fp32", torch.float32, 5e-5), ("fp16", torch.float16, 1e-3), ("bf16", torch.bfloat16, 8e-3)):
+    check(f"transport.logsumexp_product {_name}", unit_features(16_384, 1_000, 64, _dtype), 2e-6, half_step)(logsumexp_product)
+    check(f"transport.logsumexp_product few rows {_name}", unit_features(300, 100_000, 64, _dtype), 2e-6, half_step)(logsumexp_product)
+    check(f"transport.sumexp_product {_name}", unit_features(16_384, 1_000, 64, _dtype, values=64), 5e-5, with_values)(sumexp_product)
+    check(f"transport.logsumexp_product gradient {_name}", unit_features(16_384, 1_000, 64, _dtype), _epsilon_x, lambda x, y: (2 * (size(x) + size(y)), 10 * len(y) * x.numel()))(logsumexp_product_gradient)
+    for _policy, _settings in (("balanced", {}), ("unbalanced", {"rho_a": 0.5, "rho_b": 0.5}), ("partial", {"mass": 0.5})):
+        check(f"transport.sinkhorn_factored {_policy} {_name}", unit_features(16_384, 1_000, 64, _dtype), 1e-4, half_steps(5, 1))(sinkhorn_factored(**_settings))
+check("transport.sinkhorn_factored SwAV bf16", unit_features(4_096, 3_000, 128, torch.bfloat16), 1e-4, half_steps(3, 1))(sinkhorn_factored(eps=0.05, n_iters=3, check=False))
+check("transport.logsumexp_product wide bf16", unit_features(8_192, 1_000, 1_000, torch.bfloat16), 2e-6, half_step)(logsumexp_product)
+check("transport.logsumexp_product odd width bf16", unit_features(16_384, 1_001, 67, torch.bfloat16), 2e-6, half_step)(logsumexp_product)
+
+
+# --- core.kernels -------------------------------------------------------------------------------------------------------
+
+@check("kernels.row_logsumexp", lambda generator, big: (torch.randn(*((200_000, 1_000) if big else (99, 300)), generator=generator),), 2e-6, lambda x: (size(x) + 4 * len(x), 4 * x.numel()))
+def _(x):
+    if not x.is_cuda: return x.logsumexp(1)
+    from deepclustering.core.kernels import row_logsumexp
+    return row_logsumexp(x)
 
 
 # --- running them -------------------------------------------------------------------------------------------------------
@@ -234,26 +417,45 @@ def limits(big):
 def equal(a, b): return all(torch.equal(p, q) for p, q in zip(*(o if isinstance(o, tuple) else (o,) for o in (a, b))))
 
 
+class Fallbacks(logging.Handler):
+    "What an operator says when it answers without its kernel: on a GPU that fails the check."
+    def __enter__(self):
+        from deepclustering.core import operators
+        operators._said.clear()  # a line is said once, here once a check
+        self.lines, self.log = [], logging.getLogger(operators.__name__)
+        self.log.addHandler(self)
+        return self.lines
+    def emit(self, record): self.lines.append(record.getMessage())
+    def __exit__(self, *error): self.log.removeHandler(self)
+
+
 def run(check, big, limit):
     "One check: a row for the report, whatever happens."
     row = {"name": check.name, "ok": False, "tolerance": check.tolerance}
     try:
-        inputs = check.make(torch.Generator().manual_seed(0), big)
-        moved = [t.to(DEVICE) for t in inputs] if check.moves else inputs
-        output = check.call(*moved)
-        row["repeatable"] = equal(output, check.call(*moved))  # the same bits a second time
-        row["error"] = check.judge(output, inputs, check.call)
-        row["ok"] = row["error"] <= check.tolerance
-        nbytes, operations = check.cost(*inputs)
-        row |= {"shapes": [list(t.shape) for t in inputs], "ms": round(timed(lambda: check.call(*moved)), 4)}
-        if nbytes:
-            rate, speed = nbytes / row["ms"] * 1e3, operations / row["ms"] * 1e3
-            row |= {"gigabytes_per_second": round(rate / 1e9, 2), "gigaflops": round(speed / 1e9, 2),
-                    "share_of_copy": round(rate / limit[0], 4), "share_of_matmul": round(speed / limit[1], 4)}
-        if not math.isfinite(row["error"]): row["error"] = str(row["error"])  # JSON has no infinity
+        with Fallbacks() as lines: measure(check, big, limit, row)
+        if lines: row |= {"ok": False, "reason": "; ".join(lines)}
     except Exception as e:
         row["reason"] = f"{type(e).__name__}: {e}"
         if os.environ.get("TRACEBACK"): traceback.print_exc()
+    return row
+
+
+def measure(check, big, limit, row):
+    "Fill the row."
+    inputs = check.make(torch.Generator().manual_seed(0), big)
+    moved = [t.to(DEVICE) for t in inputs] if check.moves else inputs
+    output = check.call(*moved)
+    row["repeatable"] = equal(output, check.call(*moved))  # the same bits a second time
+    row["error"] = check.judge(output, inputs, check.call)
+    row["ok"] = row["error"] <= check.tolerance
+    nbytes, operations = check.cost(*inputs)
+    row |= {"shapes": [list(t.shape) for t in inputs], "ms": round(timed(lambda: check.call(*moved)), 4)}
+    if nbytes:
+        rate, speed = nbytes / row["ms"] * 1e3, operations / row["ms"] * 1e3
+        row |= {"gigabytes_per_second": round(rate / 1e9, 2), "gigaflops": round(speed / 1e9, 2),
+                "share_of_copy": round(rate / limit[0], 4), "share_of_matmul": round(speed / limit[1], 4)}
+    if not math.isfinite(row["error"]): row["error"] = str(row["error"])  # JSON has no infinity
     return row
 
 

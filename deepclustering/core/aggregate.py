@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from .checks import check_int
+from .operators import operator
 
 # %% ../../nbs/core/11_aggregate.ipynb #42ed6e78
 def _check_index(
@@ -243,10 +244,64 @@ class _Softmax(Function):
     @staticmethod
     def backward(ctx, g):
         index, p = ctx.saved_tensors
-        pg = p * g
-        return pg - p * _Sum.apply(pg, None, index, ctx.k).index_select(0, index), None, None
+        return _compete(p, g, index, ctx.k), None, None
+
+def _compete(
+    p, g,     # `(n, d)` float32 or float64
+    index, k, # as in `_sum`
+):
+    "@eq-softmax-grad, `(n, d)`, of differentiable parts."
+    pg = p * g
+    return pg - p * _Sum.apply(pg, None, index, k).index_select(0, index)
 
 # %% ../../nbs/core/11_aggregate.ipynb #0fc18a32
+def _slices(
+    index, k, # as in `_sum`
+):
+    "The items in the order of their slots, `(n,)`, and where in it each slot ends, `(k,)`, both int64."
+    labels, order = index.to(torch.int16 if k <= 2**15 else torch.int32).sort(stable=True)
+    return order, torch.searchsorted(labels, torch.arange(k, dtype=labels.dtype, device=index.device), right=True)
+
+@operator("(Tensor x, Tensor index, Tensor order, Tensor ends) -> Tensor", cuda="deepclustering.core.aggregate_triton:launch_softmax")
+def _segment_softmax(
+    x,             # `(n, d)`
+    index,         # `(n,)` int64
+    order, ends,   # of `_slices`; the plain version needs k alone
+):
+    "@eq-softmax, `(n, d)` in the dtype of `x`."
+    return _Softmax.apply(_rows(x), index, len(ends)).to(x.dtype)
+
+@operator("(Tensor p, Tensor g, Tensor index, Tensor order, Tensor ends) -> Tensor", cuda="deepclustering.core.aggregate_triton:launch_softmax_gradient")
+def _segment_softmax_gradient(
+    p, g,          # `(n, d)`
+    index, order, ends,
+):
+    "@eq-softmax-grad, `(n, d)` in the dtype of `p`."
+    return _compete(_rows(p), _rows(g), index, len(ends)).to(p.dtype)
+
+def _weights(
+    x,        # `(n, d)`
+    index, k, # as in `_sum`
+):
+    "@eq-softmax with its gradient, `(n, d)` in the dtype of `x`, on any device."
+    if not x.is_cuda: return _Softmax.apply(_rows(x), index, k).to(x.dtype)
+    return _segment_softmax(x, index, *_slices(index, k))
+
+# %% ../../nbs/core/11_aggregate.ipynb #300b3827
+_segment_softmax.fake(lambda x, index, order, ends: x.new_empty(x.shape))
+_segment_softmax_gradient.fake(lambda p, g, index, order, ends: p.new_empty(p.shape))
+
+@_segment_softmax.gradient(keep=lambda x, index, order, ends, p: (p, index, order, ends))
+def _(g, p, index, order, ends): return _segment_softmax_gradient(p, g, index, order, ends), None, None, None
+
+@_segment_softmax_gradient.gradient(keep=lambda p, g, index, order, ends, out: (p, g, index, order, ends))
+def _(h, p, g, index, order, ends):
+    def S(v): return _Sum.apply(v, None, index, len(ends)).index_select(0, index)
+    P, G, H = (_rows(t) for t in (p, g, h))
+    to_p = H * (G - S(P * G)) - G * S(P * H)                  # @eq-softmax-grad2
+    return to_p.to(p.dtype), _segment_softmax_gradient(p, h, index, order, ends), None, None, None
+
+# %% ../../nbs/core/11_aggregate.ipynb #b0cb5df3
 def segment_softmax(
     x,               # logits `(n, ...)`, floating point
     index,           # slot of each item `(n,)`
@@ -259,7 +314,7 @@ def segment_softmax(
     A logit of -inf has weight 0; a slot of nothing else has weights 0. NaN or +inf make the weights of their slot and column NaN, of no other.
     Half precision is computed in float32. Raises `ValueError` naming `x`, `index` or `n_segments`."""
     index, k = _check(x, index, n_segments, check)
-    return _Softmax.apply(_rows(x), index, k).reshape(x.shape).to(x.dtype)
+    return _weights(x.reshape(len(x), math.prod(x.shape[1:])), index, k).reshape(x.shape).to(x.dtype)
 
 # %% ../../nbs/core/11_aggregate.ipynb #a9f85c5e
 class _LogSumExp(Function):
@@ -275,7 +330,7 @@ class _LogSumExp(Function):
     @staticmethod
     def backward(ctx, g):
         x, index = ctx.saved_tensors
-        return g.index_select(0, index) * _Softmax.apply(x, index, ctx.k), None, None
+        return g.index_select(0, index) * _weights(x, index, ctx.k), None, None
 
 def segment_logsumexp(
     x,               # `(n, ...)`, floating point
@@ -330,7 +385,7 @@ def _softmax_sum(
             s.index_add_(0, a, e)
             y.index_add_(0, a, e.mul_(v))
         return y.div_(s.masked_fill_(s == 0, 1))
-    if x.is_cuda or x.numel() < _BLOCK: return _sum(x * _softmax(x if logits is None else logits, index, k), None, index, k)
+    if x.is_cuda or x.numel() < _BLOCK: return _sum(x * _weights(x if logits is None else logits, index, k), None, index, k)
     y = x.new_zeros(k, x.shape[1])
     for slots, items in dense_blocks(index, k, _BLOCK // x.shape[1]):
         v = _gather(x, items)                                                               # (g, c, d)
@@ -351,7 +406,7 @@ class _SoftmaxSum(Function):
     @staticmethod
     def backward(ctx, g):
         x, logits, index, y = ctx.saved_tensors
-        p = _Softmax.apply(x if logits is None else logits, index, ctx.k)
+        p = _weights(x if logits is None else logits, index, ctx.k)
         to_x = p * g.index_select(0, index)
         to_logits = to_x * (x - y.index_select(0, index))
         return (to_x + to_logits, None, None, None) if logits is None else (to_x, to_logits, None, None)
