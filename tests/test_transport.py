@@ -1,13 +1,16 @@
 """Transport over dtypes, layouts and policies; batches; POT as oracle and as pace; the auction on random problems."""
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from scipy.optimize import linear_sum_assignment
 
-from deepclustering.core.transport import auction, sinkhorn
+from deepclustering.core.transport import auction, sinkhorn, sinkhorn_factored
 
 POLICIES = {"balanced": {}, "semi-relaxed": {"rho_b": 0.4}, "semi-relaxed items": {"rho_a": 0.3}, "unbalanced": {"rho_a": 0.3, "rho_b": 0.7}, "partial": {"mass": 0.6}}
 policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -133,6 +136,107 @@ def test_auction_against_scipy(seed):
     assert abs(float(scores.gather(1, labels[:, None]).sum() - best)) <= 1e-9 * int(capacity.sum()) * float(scores.abs().max()) + 1e-12
 
 
+# --- without the matrix -----------------------------------------------------------------------------------------------------
+
+def vectors(n, k, p=3, batch=(), seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(*batch, rows, p, generator=g, dtype=torch.float64) for rows in (n, k))
+    a, b = (torch.rand(*batch, size, generator=g, dtype=torch.float64) + 0.1 for size in (n, k))
+    return x.to(dtype), y.to(dtype), a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+
+
+@policies
+@pytest.mark.parametrize("n, k, p", ((1, 1, 1), (1, 5, 2), (6, 1, 3), (33, 17, 1), (17, 33, 40), (400, 1000, 5)))
+def test_factored_is_the_matrix_version(policy, n, k, p):
+    x, y, a, b = vectors(n, k, p)
+    settings = {"eps": 0.7, "n_iters": 200, "tol": 1e-10} | policy
+    dense, free = sinkhorn(x @ y.mT, a, b, full=True, **settings), sinkhorn_factored(x, y, a, b, **settings)
+    near = {"atol": 1e-10, "rtol": 0}
+    torch.testing.assert_close(free.rows(), dense.plan, **near)
+    torch.testing.assert_close(free.error(), dense.error, **near)
+    torch.testing.assert_close(free.f, dense.f, **near)
+    torch.testing.assert_close(free.g, dense.g, **near)
+    torch.testing.assert_close(free.to_slots(x), dense.plan.mT @ x, **near)
+    torch.testing.assert_close(free.to_items(y), dense.plan @ y, **near)
+    assert torch.equal(free.labels(), dense.plan.argmax(-1)) and free.n_iters == dense.n_iters
+
+
+@policies
+def test_factored_batches_and_layouts(policy):
+    x, y, a, b = vectors(9, 5, batch=(2, 3))
+    one_y = y[0, 0]
+    free = sinkhorn_factored(x, one_y, a, b, eps=0.7, n_iters=300, tol=1e-12, **policy)
+    assert free.rows().shape == (2, 3, 9, 5) and free.rows([1, 4]).shape == (2, 3, 2, 5) and free.error().shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            alone = sinkhorn_factored(x[i, j], one_y, a[i, j], b[i, j], eps=0.7, n_iters=300, tol=1e-12, **policy)
+            torch.testing.assert_close(free.rows()[i, j], alone.rows(), atol=1e-9, rtol=0)
+    strided = sinkhorn_factored(x.mT.contiguous().mT, one_y, a, b, eps=0.7, n_iters=300, tol=1e-12, **policy)
+    torch.testing.assert_close(strided.rows(), free.rows(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("eps", (0.01, 0.1))
+@policies
+def test_factored_no_nan_with_large_logits(policy, dtype, eps):
+    if len(policy) == 2: policy = {"rho_a": 3e3, "rho_b": 7e3}  # cheap prices leave the mass of such logits unbounded
+    x, y, _, _ = vectors(128, 40, 8, seed=3)
+    x, y = (100 * x).to(dtype).requires_grad_(), (50 * y).to(dtype).requires_grad_()
+    assert (x.double() @ y.double().mT).abs().max() > 1e4
+    for settings in ({"n_iters": 60}, {"n_iters": 3, "tol": 0, "grad": "unroll"}):
+        free = sinkhorn_factored(x, y, eps=eps, **settings, **policy)
+        plan = free.rows()
+        assert plan.isfinite().all() and (plan >= 0).all() and free.error().isfinite() and free.f.dtype == torch.float32
+        if "grad" in settings:
+            plan.square().sum().backward()
+            for leaf in (x, y): assert leaf.grad.isfinite().all() and leaf.grad.dtype == dtype
+
+
+def test_factored_closed_slots_and_items_without_mass():
+    x, y, a, b = vectors(12, 6)
+    a[3], b[2] = 0, 0
+    a, b = a / a.sum(), b / b.sum()
+    leaves = [t.requires_grad_() for t in (x, y, a, b)]
+    free, dense = (f(*leaves, eps=0.7, n_iters=2000, tol=1e-13) for f in (sinkhorn_factored, lambda x, y, *rest, **kw: sinkhorn(x @ y.mT, *rest, **kw)))
+    assert (free.rows()[3] == 0).all() and (free.rows()[:, 2] == 0).all() and 2 not in free.labels()
+    weight = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for got, want in zip(*(torch.autograd.grad((plan * weight).sum(), leaves) for plan in (free.rows(), dense))): torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
+def test_factored_same_input_same_bits():
+    x, y, a, b = vectors(500, 70, 16, dtype=torch.float32)
+    first, second = (sinkhorn_factored(x, y, a, b, eps=0.5) for _ in range(2))
+    assert torch.equal(first.rows(), second.rows()) and torch.equal(first.to_slots(x), second.to_slots(x))
+
+
+def test_factored_needs_no_matrix():
+    "A process of its own: the 96 MB of the scores never exist, in the forward pass, the implicit gradient, or that of a few iterations."
+    code = """if True:
+        import torch
+        from deepclustering.core.transport import sinkhorn, sinkhorn_factored
+        status = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) / 1024
+        def grown(run):
+            with open("/proc/self/clear_refs", "w") as f: f.write("5")
+            before = status("VmRSS")
+            run()
+            print(status("VmHWM") - before)
+        def factored(**kw):
+            free = sinkhorn_factored(x, y, eps=0.5, **kw)
+            free.labels()
+            free.to_slots(x).square().sum().backward()
+        def matrix(): return sinkhorn(x.detach() @ y.detach().T, eps=0.5, n_iters=1)
+        g = torch.Generator().manual_seed(0)
+        x, y = torch.randn(50, 8, generator=g, requires_grad=True), torch.randn(5, 8, generator=g, requires_grad=True)
+        factored(n_iters=1), factored(n_iters=1, grad="unroll"), matrix()
+        x, y = torch.randn(24_000, 8, generator=g, requires_grad=True), torch.randn(1000, 8, generator=g, requires_grad=True)
+        grown(lambda: factored(n_iters=1)), grown(lambda: factored(n_iters=1, grad="unroll")), grown(matrix)
+    """
+    if not os.path.exists("/proc/self/clear_refs"): pytest.skip("measures with Linux's own counters")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    implicit, unrolled, matrix = map(float, run.stdout.split())
+    assert matrix > 96 and implicit < 80 and unrolled < 48, (implicit, unrolled, matrix)  # implicit: some copies of its 4 MB system
+
+
 # --- beside POT -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.peers
@@ -151,6 +255,24 @@ def test_equal_to_pot(n, k, eps):
     dummy = torch.cat([-s, s.new_zeros(n, 1)], 1)
     expected = ot.sinkhorn(a, torch.cat([0.6 * b, b.new_tensor([0.4])]), dummy, eps, method="sinkhorn_log", warn=False, **tight)[:, :-1]
     torch.testing.assert_close(converged(s, a, 0.6 * b, eps, mass=0.6), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("n, k", ((1, 1), (7, 4), (33, 17)))
+def test_factored_equal_to_pot(n, k):
+    ot = pytest.importorskip("ot")
+    x, y, a, b = vectors(n, k)
+    tight, ours = {"numItermax": 50_000, "stopThr": 1e-14}, {"eps": 1., "n_iters": 50_000, "tol": 1e-13}
+    expected = ot.sinkhorn(a, b, -x @ y.mT, 1., method="sinkhorn_log", warn=False, **tight)
+    torch.testing.assert_close(sinkhorn_factored(x, y, a, b, **ours).rows(), expected, atol=1e-10, rtol=0)
+    for rho_a, rho_b in ((3., 7.), (math.inf, 4.)):
+        expected = ot.unbalanced.sinkhorn_unbalanced(a, b, -x @ y.mT, 1., (rho_a, rho_b), method="sinkhorn", **tight)
+        torch.testing.assert_close(sinkhorn_factored(x, y, a, b, rho_a=rho_a, rho_b=rho_b, **ours).rows(), expected, atol=1e-6, rtol=0)
+    # POT's own solver without a matrix takes squared distances: of unit vectors 2 - 2 <x, y>
+    x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))
+    f, g = ot.bregman.empirical_sinkhorn(x, y, 2., a, b, isLazy=True, batchSize=5, numIterMax=50_000, stopThr=1e-14)
+    free = sinkhorn_factored(x, y, a, b, **ours)
+    torch.testing.assert_close(free.rows(), (f[:, None] + g + x @ y.mT - 1).exp(), atol=1e-9, rtol=0)
 
 
 @pytest.mark.peers
