@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERPRET', 'SHARED', 'AHEAD', 'row_logsumexp', 'dot', 'compile_ahead']
 
-# %% ../../nbs/core/30_kernels.ipynb #1a139321
+# %% ../../nbs/core/30_kernels.ipynb #ae36acd8
 import importlib
 import json
 import os
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-# %% ../../nbs/core/30_kernels.ipynb #cd531636
+# %% ../../nbs/core/30_kernels.ipynb #68df2423
 @triton.jit
 def _row_logsumexp(
     x,                   # pointer to float (n, d)
@@ -40,7 +40,7 @@ def _row_logsumexp(
         m = larger
     tl.store(out + rows, m + tl.log(tl.where(s == 0, 1., s)), mask=rows < n)     # nothing but -inf: -inf + ln 1
 
-# %% ../../nbs/core/30_kernels.ipynb #e7bb94c0
+# %% ../../nbs/core/30_kernels.ipynb #6cb9767e
 def row_logsumexp(
     x,           # `(n, d)` float16, bfloat16 or float32, rows contiguous
     rows=4,      # rows of a program, a power of two
@@ -51,7 +51,7 @@ def row_logsumexp(
     _row_logsumexp[(triton.cdiv(len(x), rows),)](x, out, *x.shape, x.stride(0), rows, columns)
     return out
 
-# %% ../../nbs/core/30_kernels.ipynb #a6b30366
+# %% ../../nbs/core/30_kernels.ipynb #cee7125c
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
@@ -64,7 +64,7 @@ def dot(
     if INTERPRET: return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
 
-# %% ../../nbs/core/30_kernels.ipynb #7551efbc
+# %% ../../nbs/core/30_kernels.ipynb #7f305a80
 SHARED = {75: 64, 80: 163, 90: 227}  # KB of shared memory that one program may have: T4, A100, H100 and H200
 
 def compile_ahead(
@@ -74,13 +74,13 @@ def compile_ahead(
     """Compile the kernels of a module in a process of its own: a list of dicts with `kernel`, `types`, `constants`, `sm`, `registers` a thread, bytes of
     `spills` a thread, bytes of `shared` memory a program, and `fits`.
 
-    Types are Triton's: "*fp16" a pointer, "i32" a number; anything that is no text is a constant. Option `since=80` leaves older GPUs out. Raises `RuntimeError` with the compiler's last lines."""
+    Types are Triton's: "*fp16" a pointer, "i32" a number, with ":16" one that is a multiple of 16 (bytes of a pointer), as Triton finds out at a launch; anything that is no text is a constant. Option `since=80` leaves older GPUs out. Raises `RuntimeError` with the compiler's last lines."""
     code = f"from deepclustering.core.kernels import _compile; _compile({module!r}, {tuple(capabilities)})"
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     if run.returncode: raise RuntimeError(f"{module} does not compile:\n" + "\n".join(run.stderr.splitlines()[-15:]))
     return json.loads(run.stdout.splitlines()[-1])
 
-# %% ../../nbs/core/30_kernels.ipynb #361b19d8
+# %% ../../nbs/core/30_kernels.ipynb #36a6b46a
 def _compile(module, capabilities):
     "In the child process: compile, ask the assembler for registers and spills, print JSON."
     import triton
@@ -90,9 +90,11 @@ def _compile(module, capabilities):
     for kernel, arguments, options in importlib.import_module(module).AHEAD:
         constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
         types = {name: arguments[name] if isinstance(arguments[name], str) else "constexpr" for name in kernel.arg_names}
+        hints = {(i,): [["tt.divisibility", int(t.partition(":")[2])]] for i, t in enumerate(types.values()) if ":" in t}
+        types = {name: t.partition(":")[0] for name, t in types.items()}
         since, options = options.get("since", 0), {k: v for k, v in options.items() if k != "since"}
         for sm in (c for c in capabilities if c >= since):
-            built = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", sm, 32), options=options)
+            built = triton.compile(ASTSource(kernel, types, constants, hints), target=GPUTarget("cuda", sm, 32), options=options)
             registers, spills = _assembler(built.asm["ptx"])
             rows.append({"kernel": kernel.fn.__name__, "types": " ".join(t for t in types.values() if t[0] == "*"), "constants": constants | options, "sm": sm,
                          "registers": registers, "spills": spills, "shared": built.metadata.shared, "fits": built.metadata.shared <= SHARED[sm] * 1024})
@@ -108,7 +110,7 @@ def _assembler(ptx):
         said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(source), "-o", os.devnull], capture_output=True, text=True, check=True).stderr
     return int(re.search(r"Used (\d+) registers", said)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", said)))
 
-# %% ../../nbs/core/30_kernels.ipynb #868474e6
-_types = {"out": "*fp32", "n": "i32", "d": "i32", "stride": "i32"}
+# %% ../../nbs/core/30_kernels.ipynb #75f88571
+_types = {"out": "*fp32:16", "n": "i32", "d": "i32:16", "stride": "i32:16"}
 AHEAD = [(_row_logsumexp, _types | {"x": x, "ROWS": rows, "COLUMNS": columns}, {"num_warps": 4, "since": since})
-         for x, rows, columns, since in (("*fp32", 4, 256, 75), ("*bf16", 4, 256, 75), ("*fp32", 32, 1024, 90))]
+         for x, rows, columns, since in (("*fp32:16", 4, 256, 75), ("*bf16:16", 4, 256, 75), ("*fp32", 32, 1024, 90))]
