@@ -89,12 +89,13 @@ def test_an_exporting_notebook_asserts(path):
 @each
 def test_imports_stand_alone(path):
     "nbdev runs a cell that imports again when it makes the page: what else stands in it would run without what it needs."
+    def imports(node): return isinstance(node, (ast.Import, ast.ImportFrom)) or isinstance(node, (ast.If, ast.With, ast.Try)) and all(map(imports, node.body))
     for cell in code(path):
-        try: body = ast.parse(cell["source"]).body
+        try: tree = ast.parse(cell["source"])
         except SyntaxError: continue  # a magic
-        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
-            rest = [n for n in body if not any(isinstance(m, (ast.Import, ast.ImportFrom)) for m in ast.walk(n))]
-            assert not rest, cell["source"][:120]
+        exported = any(directive(cell, name) is not None for name in ("export", "exports"))  # runs then, whatever it holds
+        found = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in (tree.body if exported else ast.walk(tree)))
+        if found and directive(cell, "eval") != "false": assert all(map(imports, tree.body)), cell["source"][:120]
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if tool("test").is_study(p)], ids=str)

@@ -285,6 +285,29 @@ def _(x, c):
     return torch.tensor([m.inertia_], dtype=torch.float64)
 
 
+def unit_points_and_centers(generator, big):
+    n, k, d = (1_000_000, 64, 64) if big else (999, 7, 17)
+    return tuple(torch.nn.functional.normalize(torch.randn(rows, d, generator=generator), dim=1) for rows in (n, k))
+
+
+def tell_step_cost(x, c): return 3 * size(x) + size(c), 2 * x.numel() * c.shape[0]  # labels, distances and gradient each read the points
+
+
+def tell_step(rule, lr=0.1):
+    def call(x, c):
+        from deepclustering.clustering.tell import KMeansLayer, center_step
+        layer, counts = KMeansLayer(c, tied=rule != "direction"), torch.full((len(c),), 100., dtype=torch.float64, device=c.device)
+        center_step(layer, x, rule, lr, counts, unit=rule == "direction")
+        return layer.centers.detach()
+    return call
+
+
+# labels of near ties may differ between float32 and the float64 reference; a centre of thousands of points hardly notices
+check("tell.center_step lloyd", unit_points_and_centers, 1e-3, tell_step_cost)(tell_step("lloyd"))
+check("tell.center_step counts", unit_points_and_centers, 1e-3, tell_step_cost)(tell_step("counts"))
+check("tell.center_step direction", unit_points_and_centers, 1e-3, tell_step_cost)(tell_step("direction"))
+
+
 # --- core.transport -----------------------------------------------------------------------------------------------------
 
 def scores_of_items(shape=(16_384, 1_000)):

@@ -8,6 +8,7 @@ import importlib.metadata as md
 import json
 import os
 import platform
+import re
 import time
 from datetime import date
 from pathlib import Path
@@ -17,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def code_digest(nb):
     "SHA-256 over the code cells' sources: a page whose digest differs was changed after it was executed."
-    code = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    code = [source for source in code if "\n# For Colab, by tools/colab.py" not in source]  # generated, with the release in it
+    code = [re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M) for c in nb["cells"] if c["cell_type"] == "code"]  # a directive shows or hides, it computes nothing
+    code = [source for source in code if not source.startswith("# For Colab, by tools/colab.py")]  # generated, with the release in it
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 

@@ -66,7 +66,13 @@ def describe(
 
 # %% ../../nbs/core/07_cli.ipynb #e2a0b5e0
 COMMANDS = {  # name: (module:function, one line for the help)
+    "cluster": ("deepclustering.tool.cluster:cluster_file", "group what is in a file, and explain the groups on a page"),
+    "assign": ("deepclustering.tool.cluster:assign_file", "sort new items into the groups of a saved model"),
     "papers": ("deepclustering.core.cli:list_papers", "the papers of the book: what works and what is to do"),
+    "tour": ("deepclustering.tool.checkout:run_tour", "cluster real data in one sitting, as a page"),
+    "run": ("deepclustering.tool.checkout:run_notebook", "execute a notebook with other parameters, as a page"),
+    "site": ("deepclustering.tool.checkout:build_site", "build the documentation, to be read offline"),
+    "doctor": ("deepclustering.tool.checkout:check_up", "versions, device and data: what is missing and how to get it"),
 }
 
 def run_command(
