@@ -135,6 +135,25 @@ def test_strides():
     for got, expected in zip(launch_label_and_sum(x, c.mT.contiguous().mT, None, False), launch_label_and_sum(x, c, None, False)): assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("k, d", ((3, 5), (20, 17), (70, 5), (3, 300)))
+def test_what_lies_beyond_is_not_read(k, d):
+    "Points, centres and weights are windows into tensors of NaN; rows and columns fill no tile."
+    x, c, w = problem(2, 70, k, d, weighted=True)
+    frame, outer, edge = torch.full((4, 90, d + 20), torch.nan), torch.full((3, k + 5, d + 3), torch.nan), torch.full((3, 99), torch.nan)
+    frame[1:3, 5:75, 7:7 + d], outer[1:, 2:2 + k, 1:1 + d], edge[:2, 9:79] = x, c, w
+    windows = frame[1:3, 5:75, 7:7 + d], outer[1:, 2:2 + k, 1:1 + d], edge[:2, 9:79]
+    for got, expected in zip(launch_label_and_sum(*windows, True), launch_label_and_sum(x, c, w, True)): assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("k", (5, 70))
+def test_tensor_cores_are_off_by_default(monkeypatch, k):
+    asked, real = [], lloyd_triton.launch
+    monkeypatch.setattr(lloyd_triton, "launch", lambda *args, **kwargs: asked.append(kwargs["SPLIT"]) or real(*args, **kwargs))
+    x, c, _ = problem(1, 20, k, 4)
+    for arguments in ((), (False,), (True,)): launch_label_and_sum(x, c, None, True, *arguments)
+    assert asked == [False, False, True]
+
+
 @weighting
 @pytest.mark.parametrize("k", (9, 90))
 def test_same_input_same_bits(weighted, k):

@@ -211,8 +211,8 @@ def problems(B, n, k, d, dtype=torch.float32, weighted=False, offset=3.):
 def pass_over(split=False):
     def call(x, c, weight=None):
         if split and x.is_cuda:  # three TF32 products on tensor cores: off by default until this passes on a GPU
-            from deepclustering.core.lloyd_triton import label_and_sum
-            return label_and_sum(x, c, weight, True, split=True)
+            from deepclustering.core.lloyd_triton import launch_label_and_sum
+            return launch_label_and_sum(x, c, weight, True, split=True)
         from deepclustering.core.lloyd import label_and_sum
         return label_and_sum(x, c, weight, True)
     return call

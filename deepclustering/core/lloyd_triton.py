@@ -161,7 +161,7 @@ def _labels(
     rows, K, D = _label_tile(k)
     programs = triton.cdiv(n, rows)
     labels = torch.empty(B, n, dtype=torch.int64, device=x.device)
-    bad = torch.zeros(B, programs, dtype=torch.int32, device=x.device)
+    bad = torch.empty(B, programs, dtype=torch.int32, device=x.device)
     launch(_label, (B * programs,), x, matrix, bias, mean, labels, bad, n, k, d, programs, *x.stride(), ROWS=rows, K=K, D=D, SPLIT=split, num_warps=4, num_stages=2)
     return labels, bad.any(1)
 

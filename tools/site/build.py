@@ -180,13 +180,10 @@ def with_quarto(out):
     "nbdev's folder, with the line under each title, rendered by Quarto itself."
     from nbdev import quarto, serve
     quarto.refresh_quarto_yml()
-    folder = serve.proc_nbs(CFG.nbs_path, n_workers=0, force=True)
-    shutil.copy(HERE / "static/colab.svg", folder)
+    shutil.copy(HERE / "static/colab.svg", folder := serve.proc_nbs(CFG.nbs_path, n_workers=0, force=True))
     for path, notebook in ((path, json.loads(path.read_text())) for path in folder.rglob("*.ipynb")):
-        for cell in notebook["cells"]:
-            if cell["cell_type"] == "markdown": cell["source"] = fill_in("".join(cell["source"]))
-            for data in (output.get("data", {}) for output in cell.get("outputs", ())):
-                data |= {kind: fill_in("".join(data[kind])) for kind in ("text/markdown", "text/html") if kind in data}
+        for cell, part in ((c, part) for c in notebook["cells"] for part in (c, *(o.get("data", {}) for o in c.get("outputs", ())))):
+            part |= {k: fill_in("".join(part[k])) for k in ("source",) * (cell["cell_type"] == "markdown") + ("text/markdown", "text/html") if k in part}
         origin = Page(path.relative_to(folder).as_posix(), (), notebook).origin()
         notebook["cells"].insert(1, {"cell_type": "markdown", "metadata": {}, "source": origin})
         path.write_text(json.dumps(notebook))
