@@ -207,3 +207,9 @@ def test_speed_beside_faiss_and_scikit_learn():
     pytest.importorskip("faiss")
     out = subprocess.run([sys.executable, "benchmarks/kmeans.py"], capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
+
+
+@pytest.mark.parametrize("cls", [KMeans, MiniBatchKMeans])
+def test_a_fitted_model_labels_fewer_points_than_it_has_clusters(cls):
+    m = cls(4, random_state=0).fit(X)
+    assert np.array_equal(m.predict(X[:1]), m.labels_[:1]) and m.score(X[:2]) <= 0

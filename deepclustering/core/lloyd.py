@@ -196,6 +196,7 @@ def lloyd_steps(
 ):
     "Yield a `LloydStep` an iteration until the labels stand still, the centres move less than `tol`, or `max_iter`."
     x, centers, sample_weight = _batched(x, centers, sample_weight)
+    check_int(centers.shape[-2], "n_clusters", high=x.shape[-2], why=f"n_samples={x.shape[-2]}")
     if spherical: centers = torch.nn.functional.normalize(centers, dim=-1)
     last = None
     for n_iter in range(1, max_iter + 1):
@@ -213,7 +214,6 @@ def _batched(x, centers, sample_weight=None):
     if x.dim() not in (2, 3): raise ValueError(f"x must be (n, d) or (B, n, d), got shape {tuple(x.shape)}")
     if centers.dim() != x.dim() or centers.shape[-1] != x.shape[-1] or centers.shape[:-2] != x.shape[:-2]:
         raise ValueError(f"centers must be {tuple(x.shape[:-2]) + ('k', x.shape[-1])}, got shape {tuple(centers.shape)}")
-    check_int(centers.shape[-2], "n_clusters", high=x.shape[-2], why=f"n_samples={x.shape[-2]}")
     if sample_weight is not None:
         if sample_weight.shape != x.shape[:-1]: raise ValueError(f"sample_weight must be {tuple(x.shape[:-1])}, got shape {tuple(sample_weight.shape)}")
         if bool((sample_weight < 0).any()) or not bool(torch.isfinite(sample_weight).all()): raise ValueError("sample_weight must be finite and at least 0")
