@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'SEEDS', 'MOST', 'FORMAT', 'clusterers', 'find_clusterer', 'make_clusterer', 'Choice', 'sample_rows',
-           'distances', 'measure', 'choose_k', 'by_size', 'replacing', 'check_outputs', 'write_labels', 'save_model',
-           'load_model', 'parse_k', 'check_device', 'fit_until_stopped', 'cluster_file', 'assign_file']
+           'distances', 'silhouettes', 'measure', 'choose_k', 'by_size', 'replacing', 'check_outputs', 'write_labels',
+           'save_model', 'load_model', 'parse_k', 'check_device', 'fit_until_stopped', 'cluster_file', 'assign_file']
 
 # %% ../../nbs/tool/02_cluster.ipynb #6adef4f8
 import csv
@@ -87,6 +87,20 @@ def distances(
     np.fill_diagonal(D, 0)
     return D
 
+def silhouettes(
+    D,      # distances `(m, m)`
+    labels, # `(m,)`, at least two different ones
+):
+    "The silhouette of every item `(m,)`; 0 for one that is alone in its group."
+    _, own, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    items = np.arange(len(own))
+    total = D @ np.eye(len(sizes), dtype=D.dtype)[own]  # (m, k) sums of distances to each group
+    a = total[items, own] / np.maximum(sizes[own] - 1, 1)
+    mean = total / sizes
+    mean[items, own] = np.inf
+    b = mean.min(1)
+    return np.where(sizes[own] > 1, (b - a) / np.maximum(np.maximum(a, b), np.finfo(D.dtype).tiny), 0)
+
 def measure(
     method,        # class of a clusterer
     X,             # sample `(m, d)`
@@ -98,16 +112,15 @@ def measure(
     "Silhouette and stability of `k` groups, as a `Choice`."
     import torch
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import silhouette_score
     from deepclustering.core.metrics import ari
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so few items threads cost more than they give
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        try: labels = [make_clusterer(method, k, seed + s, device=device, verbose=False).fit(X).labels_ for s in range(SEEDS)]
+        try: labels = [make_clusterer(method, k, seed + s, device=device, verbose=False, progress=False).fit(X).labels_ for s in range(SEEDS)]
         finally: torch.set_num_threads(threads)
     D = distances(X) if D is None else D
-    apart = [silhouette_score(D, l, metric="precomputed") if 1 < len(np.unique(l)) < len(X) else 0. for l in labels]
+    apart = [silhouettes(D, l).mean() if len(np.unique(l)) > 1 else 0. for l in labels]
     agree = [ari(a, b) for i, a in enumerate(labels) for b in labels[:i]]
     return Choice(k, float(np.mean(apart)), float(np.mean(agree)), float(min(agree)))
 
@@ -193,7 +206,7 @@ def save_model(
     rank,      # `(k,)` of `by_size`
     items,     # the `Items` that it was fitted to
 ):
-    "Clusterer and recipe in one safetensors file."
+    "Clusterer and recipe in one safetensors file. `ValueError`, and no file, if what was saved does not label the first items as the clusterer does."
     from safetensors.numpy import save_file
     state = {k: v for k, v in vars(estimator).items() if k.endswith("_") and not k.startswith("_")}
     tensors = {f"fitted.{k}": np.ascontiguousarray(v) for k, v in state.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiub" and k != "labels_" and v.shape[:1] != (len(items),)}
@@ -202,8 +215,13 @@ def save_model(
     if "vocabulary" in items.recipe: tensors["vocabulary"] = np.frombuffer("\n".join(items.recipe["vocabulary"]).encode(), np.uint8)
     params = {k: v for k, v in estimator.get_params(deep=False).items() if isinstance(v, (str, int, float, bool, type(None)))}
     meta = {"method": type(estimator).__name__, "params": params, "recipe": recipe, "version": __version__,
-            "fitted": {k: v for k, v in state.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)}}
-    with replacing(path) as temporary: save_file(tensors | {"rank": rank.astype(np.int64)}, temporary, {"format": FORMAT, "model": json.dumps(meta)})
+            "fitted": {k: v for k, v in state.items() if v is None or isinstance(v, (int, float, str)) and not isinstance(v, bool)}}
+    X = np.asarray(items.X[:100])
+    with replacing(path) as temporary:
+        save_file(tensors | {"rank": rank.astype(np.int64)}, temporary, {"format": FORMAT, "model": json.dumps(meta)})
+        try: same = (load_model(temporary)[0].predict(X) == estimator.predict(X)).all()
+        except (ValueError, AttributeError, TypeError): same = False
+        if not same: raise ValueError(f"--save must keep all that {type(estimator).__name__} labels new items by, and cannot")
 
 def load_model(
     path, # of a saved model
@@ -242,7 +260,7 @@ def check_device(
     import torch
     from deepclustering.core.checks import as_device
     found = as_device(device)
-    try: torch.empty(1, device=found)
+    try: torch.empty((), device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"--device must be one that is here, got {device!r}: {str(e).splitlines()[0]}") from None
 
 def fit_until_stopped(
@@ -294,8 +312,8 @@ def cluster_file(
     finished = fit_until_stopped(estimator, X)
     rank = by_size(estimator.labels_, groups)
     labels = rank[estimator.labels_]
-    write_labels(out, items, labels)
     if save: save_model(save, estimator, rank, items)
+    write_labels(out, items, labels)
     if page:
         from deepclustering.tool.report import report_html
         words = ["deepclustering", "cluster", str(file), "--method", method, "--k", str(k), "--seed", str(seed), *(["--columns", columns] if columns else []), *(["--raw"] if raw else []), *(["--device", device] if device != "auto" else [])]
