@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
@@ -96,12 +97,14 @@ def test_readme_commands_exist():
 def test_setup_sets_what_pyproject_leaves_to_it():
     import tomllib
     argument = {"readme": "long_description", "authors": "author", "urls": "project_urls", "requires-python": "python_requires",
-                "dependencies": "install_requires", "optional-dependencies": "extras_require", "entry-points": "entry_points"}
+                "dependencies": "install_requires", "optional-dependencies": "extras_require", "entry-points": "entry_points", "scripts": "entry_points"}
     project = tomllib.loads(text("pyproject.toml"))["project"]
     call = next(n for n in ast.walk(ast.parse(text("setup.py"))) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "setup")
     passed = {k.arg for k in call.keywords}
     assert {argument.get(f, f) for f in project["dynamic"]} <= passed
     assert project["name"] == settings()["lib_name"]
+    installed = {(e.group, e.name, e.value) for e in metadata.distribution(project["name"]).entry_points}
+    assert installed == {("console_scripts", "deepclustering", "deepclustering.core.cli:main"), ("nbdev", "deepclustering", "deepclustering._modidx:d")}
 
 
 def test_constraints_satisfy_the_requirements():

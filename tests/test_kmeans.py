@@ -213,3 +213,11 @@ def test_speed_beside_faiss_and_scikit_learn():
 def test_a_fitted_model_labels_fewer_points_than_it_has_clusters(cls):
     m = cls(4, random_state=0).fit(X)
     assert np.array_equal(m.predict(X[:1]), m.labels_[:1]) and m.score(X[:2]) <= 0
+
+
+@pytest.mark.parametrize("cls", [KMeans, MiniBatchKMeans])
+def test_under_the_cosine_metric_the_length_of_a_start_does_not_count(cls):
+    start = X[:4] * np.array([[1.], [5.], [.1], [30.]])
+    a, b = (cls(4, init=s, metric="cosine", random_state=0, max_iter=1).fit(X) for s in (start, start / np.linalg.norm(start, axis=1, keepdims=True)))
+    assert np.array_equal(a.labels_, b.labels_)
+    np.testing.assert_allclose(a.cluster_centers_, b.cluster_centers_, atol=1e-12)

@@ -53,6 +53,10 @@ def run_in_place(path):
     _, seconds = execute(path, output=scratch)
     nb = read_nb(scratch)
     nb.metadata["provenance"] = provenance(json.loads(scratch.read_text()), seconds)
+    for cell in nb.cells:  # what belongs to a notebook alone: the line on Colab's machine, an estimator's HTML (60 KB of style sheet)
+        if "# For Colab, by tools/colab.py" in cell.source: cell.outputs = []
+        for out in cell.get("outputs", []):
+            if "sk-global" in "".join(out.get("data", {}).get("text/html", "")): del out["data"]["text/html"]
     clean_nb(nb, allowed_metadata_keys=["provenance"], allowed_cell_metadata_keys=["tags"], clean_ids=True)
     write_nb(nb, path)
     print(f"{path}: {seconds:.1f} s")

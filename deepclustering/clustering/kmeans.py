@@ -75,13 +75,12 @@ def _to_device(x, device):
 # %% ../../nbs/clustering/01_kmeans.ipynb #16568246
 def _first_centers(self, x, sample_weight, generator, device):
     "Centres `(k, d)` to start from, in at least float32."
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype, spherical = torch.promote_types(x.dtype, torch.float32), self.metric == "cosine"
     if not isinstance(self.init, str):
         init = as_tensor(self.init, "init")
         if tuple(init.shape) != (self.n_clusters, x.shape[1]):
             raise ValueError(f"init must have shape (n_clusters, n_features) = {(self.n_clusters, x.shape[1])}, got {tuple(init.shape)}")
-        return init.to(device, dtype)
-    spherical = self.metric == "cosine"
+        return block(init[None], slice(None), torch.empty(0, dtype=dtype, device=device), spherical)[0]
     if self.init == "k-means++": chosen = kmeans_plusplus(x, self.n_clusters, sample_weight, generator, spherical=spherical)
     elif self.init == "random":
         weight = torch.ones(len(x)) if sample_weight is None else sample_weight.cpu().double()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUNDS', 'VISION', 'PALETTE', 'INK', 'MARKERS', 'LINES', 'contrast', 'seen_by', 'difference', 'sequential',
            'use_style', 'alt_text', 'figure_html', 'embedding_map', 'heatmap', 'confusion', 'curve', 'timeline',
-           'image_grid', 'scatter', 'band']
+           'image_grid']
 
 # %% ../../nbs/core/02_plots.ipynb #355dffee
 import base64
@@ -574,12 +574,3 @@ def image_grid(
     ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     said = f"{_count(n, 'picture')} of {h} by {w} pixels" + (f", titled {_listed(list(titles))}" if titles is not None else "") + "."
     return _say(ax, alt, lambda: said)
-
-# %% ../../nbs/core/02_plots.ipynb #c7622e31
-def scatter(points, labels=None, centers=None, ax=None, size=8):
-    "The earlier name of `embedding_map`."
-    return embedding_map(points, labels, centers, legend=False, ax=ax, size=size)
-
-def band(x, runs, label=None, ax=None, **kwargs):
-    "The earlier name of `curve`."
-    return curve(x, runs, label, ax=ax, **kwargs)
