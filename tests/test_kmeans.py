@@ -155,6 +155,36 @@ def test_interrupt_keeps_the_best_state(monkeypatch):
     assert np.array_equal(m.labels_, m.predict(X))
 
 
+def test_interrupted_batches_leave_what_they_found(monkeypatch):
+    whole, done = MiniBatchKMeans._step, []
+
+    def step(self, *args):
+        if len(done) == 3: raise KeyboardInterrupt
+        done.append(1)
+        return whole(self, *args)
+    monkeypatch.setattr(MiniBatchKMeans, "_step", step)
+    m = MiniBatchKMeans(6, batch_size=64, random_state=0)
+    with pytest.warns(UserWarning, match="interrupted"), pytest.raises(KeyboardInterrupt): m.fit(X)
+    monkeypatch.undo()
+    assert m.n_steps_ == 3 and m.counts_.sum() == 3 * 64 and np.array_equal(m.labels_, m.predict(X))
+    assert m.inertia_ == pytest.approx(-m.score(X))
+
+
+def test_the_bar_counts_first_centres_iterations_and_batches(monkeypatch):
+    import deepclustering.clustering.kmeans as module
+    bars = []
+
+    class Bar(module.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append((self, self.disable))
+    monkeypatch.setattr(module, "tqdm", Bar)
+    m, batches = KMeans(5, n_init=2, max_iter=3, tol=0, random_state=0, verbose=True).fit(X), MiniBatchKMeans(5, batch_size=32, random_state=0, verbose=True).fit(X)
+    assert [(bar.n, off) for bar, off in bars] == [(2 * (5 + 3), False), (batches.n_steps_, False)] and m.n_iter_ == 3
+    KMeans(5, verbose=False).fit(X)
+    assert bars[-1][1]
+
+
 def test_refit_and_partial_fit_after_clone():
     m = MiniBatchKMeans(3, random_state=0).partial_fit(X[:100]).partial_fit(X[100:])
     assert m.counts_.sum() == 240 and m.n_steps_ == 2

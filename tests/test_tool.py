@@ -185,6 +185,28 @@ def test_every_kind_of_file_goes_through_a_model(run, here):
     assert run("assign", "model", "wide.npy")[::2] == (2, ["deepclustering assign: wide.npy must hold items of shape (8, 8) as the model's file did, got (9, 9)"])
 
 
+def test_parquet_is_read_as_the_same_table_in_csv(run, here):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    rng = np.random.default_rng(0)
+    columns = {"id": [f"r{i}" for i in range(60)], "x": np.r_[rng.normal(0, 1, 30), rng.normal(9, 1, 30)].tolist(), "n": rng.integers(0, 5, 60).tolist(),
+               "flag": (rng.random(60) < .5).tolist(), "kind": ["a", "b"] * 30}
+    write = lambda name, table: parquet.write_table(pa.table(table), here / name)
+    write("t.parquet", columns | {"kind": pa.array(columns["kind"]).dictionary_encode()})
+    rows = zip(*({"flag": map(int, v), "x": map(repr, v)}.get(k, v) for k, v in columns.items()))
+    (here / "t.csv").write_text("\n".join([",".join(columns), *(",".join(map(str, r)) for r in rows)]) + "\n")
+    for words in (["--columns", "x,n,flag"], ["--columns", "x,kind"]):
+        found = [(run("cluster", name, "--k", "2", *words, "--save", "model")[0], labels()) for name in ("t.parquet", "t.csv")]
+        assert found[0][0] == found[1][0] == 0 and found[0][1][0] == found[1][1][0] == columns["id"] and (found[0][1][1] == found[1][1][1]).all()
+    assert run("assign", "model", "t.parquet", "--out", "-")[1] == (here / "labels.csv").read_text()      # the csv's model
+    for table, message in (({"x": [1., None, 3.]}, "bad.parquet: row 1: column 'x' must hold a finite number, got ''"), ({"x": pa.array([], pa.float64())}, "bad.parquet must hold rows"),
+                           (pa.table([[1, 2], [3, 4]], names=["x", "x"]), "bad.parquet: column names must differ, got 'x' twice"), (None, "bad.parquet cannot be read as parquet: ")):
+        if table is None: (here / "bad.parquet").write_text("x")
+        else: write("bad.parquet", table) if isinstance(table, dict) else parquet.write_table(table, here / "bad.parquet")
+        code, out, err = run("cluster", "bad.parquet", "--k", "2")
+        assert (code, out, len(err)) == (2, "", 1) and message in err[0], err
+
+
 def test_a_model_holds_no_code(run, here):
     np.save("blobs.npy", blobs)
     run("cluster", "blobs.npy", "--k", "3", "--save", "model", "--report", "none")
@@ -283,21 +305,54 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def stop_at(folder, slow, mark, count, *words):
+    "What a run in `folder` says on standard error after Ctrl-C at the `count`th line `mark`."
+    child = subprocess.Popen([sys.executable, "-c", slow, "cluster", "x.npy", *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+    seen = 0
+    for line in child.stderr:
+        seen += line == f"{mark}\n"
+        if seen == count: child.send_signal(signal.SIGINT); break
+    rest = child.stderr.read()
+    assert child.wait() == 130 and rest.endswith("deepclustering cluster: interrupted\n") and "Traceback" not in rest, rest
+    return rest
+
+
 def test_ctrl_c_writes_what_there_is(tmp_path):
     X = np.random.default_rng(0).normal(size=(3000, 8))
     np.save(tmp_path / "x.npy", X)
-    child = subprocess.Popen([sys.executable, "-c", SLOW, "cluster", "x.npy", "--k", "20", "--save", "model"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    seen = 0
-    for line in child.stderr:
-        seen += line == "iteration\n"
-        if seen == 2: child.send_signal(signal.SIGINT); break
-    rest = child.stderr.read()
-    assert child.wait() == 130 and rest.endswith("deepclustering cluster: interrupted\n") and "Traceback" not in rest
-    assert "written: labels.csv, model, report.html" in rest
+    assert "written: labels.csv, model, report.html" in stop_at(tmp_path, SLOW, "iteration", 2, "--k", "20", "--save", "model")
     ids, found = labels(tmp_path / "labels.csv")
     assert len(ids) == 3000 and set(found) == set(range(20)) and "Stopped by hand" in (tmp_path / "report.html").read_text()
     early = [KMeans(20, random_state=0, max_iter=m).fit(X).labels_ for m in (1, 2, 3)]
     assert any((ranked(e) == found).all() for e in early)
+
+
+def test_ctrl_c_among_batches_writes_what_there_is_and_while_choosing_says_it(tmp_path):
+    X = np.random.default_rng(0).normal(size=(3000, 8))
+    np.save(tmp_path / "x.npy", X)
+    head, tail = SLOW.split("steps = ")[0], SLOW[SLOW.index("from deepclustering.core.cli"):]
+    batches = """
+from deepclustering.clustering.kmeans import MiniBatchKMeans
+step = MiniBatchKMeans._step
+def slowly(*args):
+    print("batch", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    return step(*args)
+MiniBatchKMeans._step = slowly
+"""
+    assert "written: labels.csv, model, report.html" in stop_at(tmp_path, head + batches + tail, "batch", 3, "--method", "minibatchkmeans", "--k", "20", "--save", "model")
+    assert len(labels(tmp_path / "labels.csv")[0]) == 3000 and "Stopped by hand" in (tmp_path / "report.html").read_text()
+    choosing = """
+import deepclustering.tool.cluster as cluster
+measure = cluster.measure
+def slowly(*args):
+    print("measure", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    return measure(*args)
+cluster.measure = slowly
+"""
+    rest = stop_at(tmp_path, head + choosing + tail, "measure", 3, "--out", "early.csv", "--report", "early.html")
+    assert re.search(r"stopped after k = \d of 2 to 20; the best so far: \d groups \(silhouette", rest) and not list(tmp_path.glob("early*"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["labels.csv", "model", "report.html", "x.npy"]
 
 

@@ -285,6 +285,7 @@ def kmeans_plusplus(
     random_state=None,  # None, whole number or generator
     n_local_trials=None,# candidates a step; 1 is the form of @eq-plusplus, None the greedy form with `2 + int(log(k))`
     spherical=False,    # distances between points scaled to length 1
+    each=None,          # called with nothing after each centre: a progress bar's `update`
 ):
     """Indices `(k,)` of first centres, drawn by k-means++ with the CPU's random numbers, computed where `x` is.
 
@@ -309,4 +310,5 @@ def kmeans_plusplus(
         winner = (w @ best).argmin()
         D2 = best[:, winner].contiguous()
         chosen.append(int(candidates[winner]))
+        if each: each()
     return torch.tensor(chosen)

@@ -70,6 +70,8 @@ class Choice(NamedTuple):
     @property
     def score(self): return max(0., self.silhouette) * self.stability
 
+    def say(self): return f"{self.k} groups (silhouette {self.silhouette:.3f}, stability {self.stability:.2f})"
+
 def sample_rows(
     n,         # rows there are
     size,      # rows wanted
@@ -137,9 +139,20 @@ def choose_k(
     S = S.astype(np.promote_types(S.dtype, np.float32))
     high = min(MOST, int(len(X) ** 0.5), len(np.unique(S, axis=0)) - 1)
     if high < 2: raise ValueError(f"--k auto needs at least 4 different items, got {len(np.unique(S, axis=0))} of {len(X)}: say how many groups with --k")
-    D = distances(S)
-    tried = [measure(method, S, k, seed, D, device) for k in tqdm(range(2, high + 1), "choosing k", disable=None if progress is None else not progress, leave=False)]
-    return sorted(tried, key=lambda c: (-c.score, c.k))
+    D, tried = distances(S), []
+    try:
+        for k in tqdm(range(2, high + 1), "choosing k", disable=None if progress is None else not progress, leave=False):
+            tried.append(measure(method, S, k, seed, D, device))
+    except KeyboardInterrupt:
+        if tried: _tell(f"stopped after k = {tried[-1].k} of 2 to {high}; the best so far: {_ranked(tried)[0].say()}. --k says how many without a search")
+        raise
+    return _ranked(tried)
+
+def _ranked(tried): return sorted(tried, key=lambda c: (-c.score, c.k))
+
+def _tell(*lines):
+    "Remarks, a line each, on standard error."
+    for line in lines: print(line, file=sys.stderr)
 
 # %% ../../nbs/tool/02_cluster.ipynb #d2c8622f
 def by_size(
@@ -241,10 +254,6 @@ def load_model(
     return estimator, rank, recipe
 
 # %% ../../nbs/tool/02_cluster.ipynb #c4ea73ef
-def _tell(*lines):
-    "Remarks, a line each, on standard error."
-    for line in lines: print(line, file=sys.stderr)
-
 def parse_k(
     k, # as typed
 ):
@@ -306,8 +315,7 @@ def cluster_file(
     _tell(*items.notes)
     if tried:
         groups = tried[0].k
-        say = lambda c: f"{c.k} groups (silhouette {c.silhouette:.3f}, stability {c.stability:.2f})"
-        _tell(f"chosen: {say(tried[0])}" + (f"; runner-up: {say(tried[1])}" if len(tried) > 1 else ""))
+        _tell(f"chosen: {tried[0].say()}" + (f"; runner-up: {tried[1].say()}" if len(tried) > 1 else ""))
     estimator = make_clusterer(kind, groups, seed, device=device)
     finished = fit_until_stopped(estimator, X)
     rank = by_size(estimator.labels_, groups)

@@ -172,6 +172,9 @@ def _decode(path):
     try: return data.decode("utf-8-sig").replace("\r\n", "\n"), []
     except UnicodeDecodeError: return data.decode("latin-1").replace("\r\n", "\n"), [f"{path.name} is not UTF-8 and was read as Latin-1"]
 
+def _all_differ(path, names):
+    if twice := [c for c, times in Counter(names).items() if times > 1]: raise ValueError(f"{path}: column names must differ, got {twice[0]!r} twice")
+
 def _csv(path, recipe, columns=None, raw=False):
     text, notes = _decode(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else sniff(text)
@@ -187,7 +190,7 @@ def _csv(path, recipe, columns=None, raw=False):
     comma = delimiter != ","
     header = set(recipe["columns"]) <= set(rows[0]) if recipe else has_header(rows, comma)
     names = [c.strip() for c in rows[0]] if header else [f"column {j}" for j in range(1, len(rows[0]) + 1)]
-    if twice := [c for c, times in Counter(names).items() if times > 1]: raise ValueError(f"{path}: column names must differ, got {twice[0]!r} twice")
+    _all_differ(path, names)
     rows, lines = rows[header:], lines[header:]
     if not rows: raise ValueError(f"{path} must hold rows below its header, got none")
     try: items = table_items({n: list(c) for n, c in zip(names, zip(*rows))}, lambda i: f"line {lines[i]}", recipe, columns, raw, comma)
@@ -199,9 +202,13 @@ def _csv(path, recipe, columns=None, raw=False):
 def _parquet(path, recipe, columns=None, raw=False):
     try: from pyarrow import parquet
     except ImportError: raise ValueError(f"{path} can be read where the package pyarrow is installed; here it is not: save the table as .csv") from None
-    table = parquet.read_table(path)
+    try: table = parquet.ParquetFile(path).read()
+    except (ValueError, OSError) as e: raise ValueError(f"{path} cannot be read as parquet: {str(e).splitlines()[0]}") from e
+    _all_differ(path, table.column_names)
+    if not table.num_rows: raise ValueError(f"{path} must hold rows, got none")
     cell = lambda v: "" if v is None else str(int(v)) if isinstance(v, bool) else str(v)
-    return table_items({c: [cell(v) for v in table.column(c).to_pylist()] for c in table.column_names}, lambda i: f"row {i}", recipe, columns, raw)
+    try: return table_items({c: [cell(v) for v in table.column(c).to_pylist()] for c in table.column_names}, lambda i: f"row {i}", recipe, columns, raw)
+    except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../../nbs/tool/01_read.ipynb #6bbed0ba
 DIMENSIONS, WORDS = 100, 20_000  # of the reduced space and of the vocabulary, at most
