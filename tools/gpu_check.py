@@ -285,6 +285,118 @@ def _(x, c):
     return torch.tensor([m.inertia_], dtype=torch.float64)
 
 
+def tree_of_labels(generator, big):
+    n, ks = (4_000_000, (100_000, 5_000, 100)) if big else (900, (70, 20, 6))
+    return tuple(torch.randint(k, (m,), generator=generator) for m, k in zip((n, *ks), ks))
+
+
+def whole_read(*tensors): return sum(map(size, tensors)), sum(t.numel() for t in tensors)
+
+
+@check("clustering.hierarchical_sample", tree_of_labels, 0., whole_read)
+def _(*tree):
+    "The same rows as on the CPU: whole numbers, and chance is drawn on the CPU."
+    from deepclustering.clustering.hierarchical_kmeans import hierarchical_sample
+    return hierarchical_sample(tree, len(tree[0]) // 10, random_state=0).double()
+
+
+def budgets(generator, big):
+    p, c = (10_000, 2_000_000) if big else (9, 200)
+    return torch.randint(5_000, (p,), generator=generator), torch.randint(50, (c,), generator=generator), torch.randint(p, (c,), generator=generator)
+
+
+@check("clustering.share_budget", budgets, 0., whole_read)
+def _(budget, sizes, parent):
+    from deepclustering.clustering.hierarchical_kmeans import share_budget
+    return share_budget(budget, sizes, parent, torch.Generator().manual_seed(0)).double()
+
+
+@check("clustering.HierarchicalKMeans", blobs, 0.02, lambda x, c: (0, 0))
+def _(x, c):
+    "Inertia of the first level, without resampling: a row more or less among the closest would start another k-means."
+    from deepclustering.clustering.hierarchical_kmeans import HierarchicalKMeans
+    return HierarchicalKMeans([len(c), 2], n_resampling=0, random_state=0).fit(x).distances_.double().square().sum()[None]
+
+
+def sdp_points(generator, big):
+    n = 400 if big else 40
+    return (torch.randn(n, 5, generator=generator, dtype=torch.float64) + 8 * torch.eye(4, 5, dtype=torch.float64)[torch.arange(n) % 4],)
+
+
+@check("clustering.SDPKMeans", sdp_points, 1e-6, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.sdp import SDPKMeans
+    return torch.tensor([SDPKMeans(4, random_state=0, verbose=False).fit(x).inertia_], dtype=torch.float64)
+
+
+@check("clustering.solve_sdp, two memberships", sdp_points, 1e-2, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.likelihood_sdp import gaussian_affinity
+    from deepclustering.clustering.sdp import solve_sdp
+    C = torch.stack([torch.eye(5), 2 * torch.eye(5)]).to(x)
+    return torch.tensor([solve_sdp(gaussian_affinity(x, C), [1., 1.], max_iter=100, tol=1e-3).value], dtype=torch.float64)
+
+
+# --- clustering.contrastive_spectral ---------------------------------------------------------------------------------------
+
+def two_views(generator, big):
+    n, d = (4096, 128) if big else (99, 17)
+    first = torch.randn(n, d, generator=generator)
+    return first, first + .3 * torch.randn(n, d, generator=generator)
+
+
+def info_nce_cost(a, b): return 2 * (size(a) + size(b)) + 4 * (2 * len(a)) ** 2, 2 * (2 * len(a)) ** 2 * a.shape[1]  # the table of kernels is written once
+
+
+def contrastive(name, *args, **kwargs):
+    def call(a, b):
+        from deepclustering.clustering import contrastive_spectral
+        return getattr(contrastive_spectral, name)(a, b, *args, **kwargs).reshape(1)
+    return call
+
+
+check("contrastive_spectral.info_nce", two_views, 1e-5, info_nce_cost)(contrastive("info_nce"))
+check("contrastive_spectral.kernel_info_nce sum", two_views, 1e-4, info_nce_cost)(contrastive("kernel_info_nce", (2., 1.), (.5, .5)))
+check("contrastive_spectral.clip_loss", two_views, 1e-5, info_nce_cost)(contrastive("clip_loss"))
+
+
+# --- clustering.mixtures ------------------------------------------------------------------------------------------------
+
+def points_and_means(generator, big):
+    n, k, d = (200_000, 32, 64) if big else (999, 5, 17)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return x, x[:k].clone()
+
+
+def em_step_cost(x, means): return 2 * len(means) * size(x), 4 * x.numel() * means.numel()  # full: two products (n, d) x (d, d) a component
+
+
+def em_step(kind):
+    def call(x, means):
+        from deepclustering.clustering.mixtures import Mixture, em_steps, precision_factors
+        k, d = means.shape
+        shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
+        eye = torch.eye(d, dtype=x.dtype, device=x.device).expand(shape) if kind in ("full", "tied") else x.new_ones(shape)
+        _, mixture = next(em_steps(x, Mixture(x.new_full((k,), 1 / k), means, eye, precision_factors(eye, kind)), kind))
+        return mixture.weights, mixture.means, mixture.covariances
+    return call
+
+
+for _kind in ("full", "tied", "diag", "spherical"): check(f"mixtures.em_step {_kind}", points_and_means, 1e-9, em_step_cost)(em_step(_kind))
+
+
+def learn_stream(form):
+    def call(x, means):
+        from deepclustering.clustering.mixtures import learn_point, nobody
+        c, scale = nobody(x.shape[1], x.device), 2 * x.new_ones(x.shape[1])
+        for p in x[:300]: c = learn_point(c, p, float("inf"), scale, form)
+        return c.means, torch.linalg.inv(c.matrices) if form == "precision" else c.matrices, c.log_dets
+    return call
+
+
+for _form in ("precision", "covariance"): check(f"mixtures.learn_point {_form}", points_and_means, 1e-8, lambda x, means: (0, 0))(learn_stream(_form))
+
+
 def unit_points_and_centers(generator, big):
     n, k, d = (1_000_000, 64, 64) if big else (999, 7, 17)
     return tuple(torch.nn.functional.normalize(torch.randn(rows, d, generator=generator), dim=1) for rows in (n, k))
@@ -406,6 +518,86 @@ def _(x):
     if not x.is_cuda: return x.logsumexp(1)
     from deepclustering.core.kernels import row_logsumexp
     return row_logsumexp(x)
+
+
+# --- moe.layer ------------------------------------------------------------------------------------------------------------
+
+def tokens_and_experts(dtype=torch.float32):
+    def make(generator, big):
+        T, D, width, E, K = (4096, 1024, 256, 64, 8) if big else (37, 24, 16, 5, 2)
+        x, up, down = (torch.randn(*s, generator=generator).div_(s[-1] ** .5).to(dtype) for s in ((T, D), (E, 2 * width, D), (E, D, width)))
+        weights, experts = torch.rand(T, E, generator=generator).topk(K)  # the last expert loses most of its tokens
+        return x, up, down, experts.masked_fill(experts == E - 1, -1), weights.masked_fill(experts == E - 1, 0)
+    return make
+
+
+def experts_cost(x, up, down, experts, weights): return 2 * size(x) + size(up) + size(down), 6 * experts.numel() * down[0].numel()
+
+
+def run_experts(name, priority="token", capacity=None):
+    def call(x, up, down, experts, weights):
+        from deepclustering.moe.layer import EXPERTS, combine, dispatch
+        from deepclustering.moe.routing import Routing
+        d = Routing(experts, weights, num_experts=len(up)).to_dispatch(capacity, priority)
+        return combine(EXPERTS[name](dispatch(x, d), d.counts, up, down), d)
+    return call
+
+
+def experts_gradients(name):
+    def call(x, up, down, experts, weights):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, up, down, weights)]
+        return torch.autograd.grad(run_experts(name)(*leaves[:3], experts, leaves[3].masked_fill(experts < 0, 0)).square().sum(), leaves)
+    return call
+
+
+for _name in ("loop", "padded", "grouped"):
+    check(f"moe.{_name}_experts", tokens_and_experts(), 2e-5, experts_cost)(run_experts(_name))
+    check(f"moe.{_name}_experts bfloat16", tokens_and_experts(torch.bfloat16), 2e-2, experts_cost)(run_experts(_name))
+    check(f"moe.{_name}_experts gradients", tokens_and_experts(), 5e-5, lambda *a: tuple(3 * c for c in experts_cost(*a)))(experts_gradients(_name))
+check("moe.grouped_experts bfloat16 gradients", tokens_and_experts(torch.bfloat16), 5e-2, lambda *a: tuple(3 * c for c in experts_cost(*a)))(experts_gradients("grouped"))
+check("moe.grouped_experts capacity by weight", tokens_and_experts(), 2e-5, experts_cost)(run_experts("grouped", "weight", 7))
+
+
+# --- pooling.windows ----------------------------------------------------------------------------------------------------
+
+def a_map(shape, dtype=torch.float32, last=False, window=2, gradient=False):
+    "A map, small without `big`, and, for the gradient, what arrives at its windows of this size and stride."
+    def make(generator, big):
+        size = shape if big else (2, 3, *(2 * window + 1 + i for i in range(len(shape) - 2)))
+        x = torch.randn(*size, generator=generator).to(dtype)
+        g = torch.randn(*size[:2], *(n // window for n in size[2:]), generator=generator).to(dtype)
+        if last: x = x.to(memory_format=torch.channels_last)
+        return (x, g) if gradient else (x,)
+    return make
+
+
+def soft_pool(**window):
+    def call(x):
+        from deepclustering.pooling.windows import _soft_pool
+        return _soft_pool(x, x.dim() - 2, **(dict(kernel_size=2, stride=None, padding=0, dilation=1, ceil_mode=False) | window))
+    return call
+
+
+def soft_pool_and_gradient(x, g):
+    leaf = x.detach().requires_grad_()
+    y = soft_pool()(leaf)
+    return y.detach(), torch.autograd.grad(y, leaf, g)[0]
+
+
+def halved(x): return size(x) + size(x) // 2 ** (x.dim() - 2), 8 * x.numel()  # reads x, writes y
+
+
+def halved_and_back(x, g): return 3 * size(x) + 2 * size(g), 16 * x.numel()     # reads x, writes y; reads x and g, writes dx
+
+
+# y is a mean of what it pools and is rounded once: half an epsilon of the largest. The gradient is rounded once, from float32 numbers that depend on x - L: an epsilon of |x| there.
+_round = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+for _name, _dtype, _last in (("fp32", torch.float32, False), ("fp16", torch.float16, False), ("bf16", torch.bfloat16, False), ("bf16 channels last", torch.bfloat16, True)):
+    check(f"pooling.soft_pool2d {_name}", a_map((20, 32, 128, 128), _dtype, _last), _round[_dtype], halved)(soft_pool())
+    check(f"pooling.soft_pool2d gradient {_name}", a_map((20, 32, 128, 128), _dtype, _last, gradient=True), 2 * _round[_dtype], halved_and_back)(soft_pool_and_gradient)
+check("pooling.soft_pool2d 3x3 stride 2", a_map((32, 64, 112, 112)), _round[torch.float32], halved)(soft_pool(kernel_size=3, stride=2, padding=1))
+check("pooling.soft_pool1d", a_map((32, 64, 16_384)), _round[torch.float32], halved)(soft_pool())
+check("pooling.soft_pool3d", a_map((4, 32, 16, 56, 56)), _round[torch.float32], halved)(soft_pool())
 
 
 # --- running them -------------------------------------------------------------------------------------------------------

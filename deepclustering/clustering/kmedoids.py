@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
 from ..core.aggregate import segment_sum
-from ..core.checks import as_device, as_generator, as_tensor, check_int, estimator_data, like
+from ..core.checks import as_device, as_generator, as_tensor, check_int, check_memory, estimator_data, like
 
 # %% ../../nbs/clustering/02_kmedoids.ipynb #5641a6ae
 def two_nearest(
@@ -212,6 +212,7 @@ def lab_medoids(
         chosen.append(c)
     return torch.tensor(chosen, device=D.device)
 
+# %% ../../nbs/clustering/02_kmedoids.ipynb #5b17fc9b
 def first_medoids(
     D,             # dissimilarities `(n, n)`
     medoids,       # number of medoids, or the points themselves `(k,)`
@@ -321,6 +322,7 @@ def dissimilarities(
     The first two come from a matrix product of the centred points: two different points that are equal to 8 digits may get 0 or a rounding error."""
     same, y = y is None, x if y is None else y
     dtype = torch.promote_types(x.dtype, torch.float32)
+    check_memory(len(x) * len(y) * dtype.itemsize, f"the dissimilarities of {len(x):,} points to {len(y):,}", x.device, "CLARA works on samples")
     if metric not in ("euclidean", "sqeuclidean", "manhattan", "cosine"):
         from sklearn.metrics import pairwise_distances
         a, b = x.to(dtype).cpu().numpy(), y.to(dtype).cpu().numpy()

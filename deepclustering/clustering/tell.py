@@ -199,7 +199,7 @@ def _embed(self, x, device, encoder=None):
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../../nbs/clustering/06_tell.ipynb #38425d32
+# %% ../../nbs/clustering/06_tell.ipynb #8914cffc
 def layer_trainer(
     rule, lr,      # of `center_rates`
     counts,        # `(k,)` float64, on the device; changed
@@ -215,6 +215,7 @@ def layer_trainer(
         return (rates[labels].to(own) * own).sum(), {"distance": own.mean()}
     return loss
 
+# %% ../../nbs/clustering/06_tell.ipynb #38425d32
 class Joint(nn.Module):
     "Autoencoder and layer, and the loss of @eq-joint in epochs that alternate."
     def __init__(

@@ -106,7 +106,10 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())               # or Python complains when it flushes at the end
         return 141
     except KeyboardInterrupt: return _say(who, "interrupted", 130)
-    except (ValueError, OSError) as e: return _say(who, e, 2)
+    except (ValueError, OSError, MemoryError) as e: return _say(who, e, 2)
+    except RuntimeError as e:                                                         # torch's way of saying that memory ran out
+        if "memory" not in str(e): raise
+        return _say(who, e, 2)
     return 0
 
 def _help():

@@ -90,7 +90,7 @@ class Page:
         if "data" not in out: return block(out.get("text") or f"{out['ename']}: {out['evalue']}", f".result .{out['output_type']}")
         content = "".join(out["data"][kind := next(kind for kind in MIME if kind in out["data"])])
         if kind.startswith("image"): return self.figure(kind, content, options)
-        return {"text/markdown": fill_in(content), "text/html": block(fill_in(content), "=html"), "text/plain": block(content, ".result")}[kind]
+        return {"text/markdown": fill_in(re.sub(r"(?m)(?<=# )(.*)\[(`[^`]+`)\]\(http[^)]*\)", r"\1\2", content)), "text/html": block(fill_in(content), "=html"), "text/plain": block(content, ".result")}[kind]
 
     def cell(self, cell):
         "Markdown of one cell, by Quarto's directives: what is shown and folded, the label and the caption."
