@@ -183,7 +183,7 @@ def works_list(
         items.append(f'<li id="{p.id}"><strong>{title}</strong>, {p.year} <code>{p.id}</code><br>{chapter}: {names}; tests: {tests}{"".join(verdicts)}</li>')
     return "\n".join(["<ul>", *items, "</ul>"])
 
-MANY = 4  # verdicts of a paper that a page spells out
+MANY = 2  # verdicts of a paper that a page spells out
 
 def _counted(verdicts): return ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).most_common())
 
