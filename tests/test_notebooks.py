@@ -38,7 +38,7 @@ def test_clean(path):
 def test_title_and_subtitle(path):
     first = notebook(path)["cells"][0]
     if first["cell_type"] == "raw": first = notebook(path)["cells"][1]
-    assert first["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", first["source"])
+    assert first["cell_type"] == "markdown" and re.fullmatch(r"# \S.*\n+> \S.*\n*", first["source"]), "nbdev drops what else the first cell holds"
     assert not [c for c in notebook(path)["cells"] if c["cell_type"] == "markdown" and c is not first and re.search(r"^# ", re.sub(r"```.*?```", "", c["source"], flags=re.S), re.M)], "a second H1"
 
 
