@@ -171,7 +171,7 @@ def test_interrupted_batches_leave_what_they_found(monkeypatch):
 
 
 def test_the_bar_counts_first_centres_iterations_and_batches(monkeypatch):
-    import deepclustering.clustering.kmeans as module
+    import deepclustering.core.checks as module
     bars = []
 
     class Bar(module.tqdm):

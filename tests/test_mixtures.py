@@ -139,6 +139,10 @@ def test_interrupted(monkeypatch):
     with pytest.warns(UserWarning, match="interrupted"), pytest.raises(KeyboardInterrupt): m.fit(X)
     assert m.n_iter_ == 3 and m.predict(X).shape == (240,)
 
+    def at_once(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(module, "_start", at_once)
+    with pytest.raises(KeyboardInterrupt): GaussianMixture(3).fit(X)
+
     def tired_learner(*a):
         calls.append(1)
         if len(calls) > 100: raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClusterMixin
 
 from .kmeans import KMeans
-from ..core.checks import as_device, as_generator, as_tensor, check_int, check_memory, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, check_memory, device_of, estimator_data, like
 from ..core.lloyd import squared_distances
 
 # %% ../../nbs/clustering/07_contrastive_spectral.ipynb #7a5fbabc
@@ -269,7 +269,7 @@ def fit(self: SpectralClustering,
         if getattr(self, name) not in known: raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
     check_int(self.n_clusters, "n_clusters", high=len(x), why=f"n_samples={len(x)}"); check_int(self.n_init, "n_init")
     dim = self.n_clusters if self.n_components is None else check_int(self.n_components, "n_components", high=len(x), why=f"n_samples={len(x)}")
-    x = x.to(X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device))
+    x = x.to(device_of(X, self.device))
     check_memory(4 * 8 * len(x)**2, f"the graph of {len(x):,} points and its eigenvectors", x.device, "KMeans needs no graph")
     if self.affinity == "precomputed" and x.shape[0] != x.shape[1]: raise ValueError(f"X must be (n, n) with affinity='precomputed', got {tuple(x.shape)}")
     if self.affinity == "precomputed" and bool((x < 0).any()): raise ValueError(f"Negative values in data: X must hold weights of at least 0 with affinity='precomputed', got {float(x.min()):g}")

@@ -15,10 +15,9 @@ import torch
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
 
 from ..core.aggregate import segment_sum, sort_by_slot
-from ..core.checks import as_device, as_generator, as_tensor, check_int, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like, progress_bar
 from ..core.lloyd import assign_all, distances_to_own, kmeans, kmeans_plusplus
 
 # %% ../../nbs/clustering/03_hierarchical_kmeans.ipynb #89773ec9
@@ -187,19 +186,16 @@ class HierarchicalKMeans(ClusterMixin, BaseEstimator):
         self.max_iter, self.device, self.random_state, self.verbose = max_iter, device, random_state, verbose
 
 # %% ../../nbs/clustering/03_hierarchical_kmeans.ipynb #90f3bf61
-def _place(self, X): return X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device)
-
 @patch
 def fit(self: HierarchicalKMeans,
         X,      # `(n, d)` array, data frame or tensor
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Build the tree; returns self."
-    x = estimator_data(self, X).to(_place(self, X))
+    x = estimator_data(self, X).to(device_of(X, self.device))
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     steps, levels = hierarchical_kmeans_steps(x, self.n_clusters, self.n_resampling, self.resample_size, self.resample_how, self.max_iter, self.random_state), None
-    quiet = {None: None, True: False, False: True}[None if self.verbose is None else bool(self.verbose)]
-    with tqdm(desc="hierarchical k-means", unit="run", disable=quiet, delay=0 if self.verbose else 5) as bar:
+    with progress_bar("hierarchical k-means", self.verbose, unit="run") as bar:
         try:
             for levels in steps: bar.set_postfix(level=len(levels), refresh=False); bar.update()
         except KeyboardInterrupt:
@@ -235,7 +231,7 @@ def predict(self: HierarchicalKMeans,
     check_is_fitted(self)
     levels = len(self.tree_)
     level = check_int(level, "level", low=-levels, high=levels - 1, why=f"{levels} levels")
-    x = estimator_data(self, X, reset=False).to(_place(self, X))
+    x = estimator_data(self, X, reset=False).to(device_of(X, self.device))
     centers = torch.as_tensor(self.level_centers_[0]).to(x.device)
     return like(_climb(assign_all(x, centers)[0], [torch.as_tensor(t).to(x.device) for t in self.tree_[1:]])[level], X)
 

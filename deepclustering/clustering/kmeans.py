@@ -13,11 +13,10 @@ from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
 
 from ..core.aggregate import segment_sum
 from ..core.assign import nearest
-from ..core.checks import as_device, as_generator, as_tensor, check_int, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like, progress_bar
 from ..core.lloyd import EMPTY, assign_all, block, kmeans_plusplus, lloyd_steps
 
 # %% ../../nbs/clustering/01_kmeans.ipynb #0a2706cb
@@ -64,7 +63,7 @@ def _check(self, X, sample_weight, reset=True):
         sample_weight = as_tensor(w, "sample_weight", ndim=1)
         if len(sample_weight) != len(x): raise ValueError(f"sample_weight must have shape ({len(x)},), got {tuple(sample_weight.shape)}")
         if not bool((sample_weight >= 0).all() and sample_weight.any()): raise ValueError("sample_weight must be at least 0 and not all 0")
-    device = X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device)
+    device = device_of(X, self.device)
     return _to_device(x, device), sample_weight, device
 
 def _to_device(x, device):
@@ -118,7 +117,7 @@ def fit(self: KMeans,
     tol = self.tol * mean_variance(x) if self.tol else 0.0
     best, starts = None, _n_init(self)
     seeds = self.n_clusters if isinstance(self.init, str) and self.init == "k-means++" else 0  # each first centre is a pass over the points too
-    bar = _bar(self, starts * (seeds + self.max_iter))
+    bar = progress_bar("k-means", self.verbose, starts * (seeds + self.max_iter))
     try:
         for start in range(starts):
             step = None
@@ -136,11 +135,6 @@ def fit(self: KMeans,
 
 # %% ../../nbs/clustering/01_kmeans.ipynb #d383527f
 STOPPED = "k-means was interrupted: the fitted attributes hold the best state so far"
-
-def _bar(self, total):
-    "A progress bar over passes or batches, by `verbose`."
-    quiet = None if self.verbose is None else not self.verbose
-    return tqdm(total=total, desc="k-means", disable=quiet, delay=5 if quiet is None else 0, leave=False)
 
 def _better(a, b): return b if a is None or b[1] < a[1] else a
 
@@ -303,7 +297,7 @@ def fit(self: MiniBatchKMeans,
     _begin(self, x, w, device)
     alpha = min(1.0, 2 * size / (len(x) + 1))
     steps, interrupt = -(-self.max_iter * len(x) // size), None
-    bar = _bar(self, steps)
+    bar = progress_bar("k-means", self.verbose, steps, "batch")
     try:
         for step in range(steps):
             inertia = self._step(*_draw(x, w, size, self._generator)) / size

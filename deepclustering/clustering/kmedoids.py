@@ -19,10 +19,9 @@ from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
 
 from ..core.aggregate import segment_sum
-from ..core.checks import as_device, as_generator, as_tensor, check_int, check_memory, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, check_memory, device_of, estimator_data, like, progress_bar
 
 # %% ../../nbs/clustering/02_kmedoids.ipynb #5641a6ae
 def two_nearest(
@@ -382,7 +381,7 @@ def _check(self, X, reset=True):
     if reset: check_int(self.n_clusters, "n_clusters", high=len(x), why=f"n_samples={len(x)}")
     check_int(self.max_iter, "max_iter")
     if self.method not in _METHODS: raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {self.method!r}")
-    return x.to(X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device))
+    return x.to(device_of(X, self.device))
 
 def _table(self, x):
     "The table `(n, n)` of a fit."
@@ -408,9 +407,8 @@ def fit(self: KMedoids,
     D, generator, starts = _table(self, x), as_generator(self.random_state), _starts(self)
     first, rule = (self.n_clusters, self.init) if isinstance(self.init, str) else (self.init, None)
     if rule is None and len(first) != self.n_clusters: raise ValueError(f"init must hold n_clusters={self.n_clusters} points, got {len(first)}")
-    quiet = {None: None, True: False, False: True}[None if self.verbose is None else bool(self.verbose)]
     best = s = None
-    with tqdm(desc="k-medoids", unit="pass", disable=quiet, delay=0 if self.verbose else 5) as bar:
+    with progress_bar("k-medoids", self.verbose, unit="pass") as bar:
         try:
             for _ in range(starts):
                 s = MedoidSearch(D, first_medoids(D, first, rule, generator))

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
+from scipy.special import stdtrit
 from sklearn.exceptions import ConvergenceWarning
 
-from .sdp import SDPKMeans, SDPState, _bar, _check, kmeans_affinity, membership_matrices, round_membership, rounded_steps, solve_sdp
+from .sdp import SDPKMeans, SDPState, _check, kmeans_affinity, membership_matrices, round_membership, rounded_steps, solve_sdp
 from ..core.aggregate import segment_mean
-from ..core.checks import as_generator, as_tensor, check_int, like
+from ..core.checks import as_generator, as_tensor, check_int, like, progress_bar
 
 # %% ../../nbs/clustering/05b_likelihood_sdp.ipynb #93bd861e
 def gaussian_affinity(
@@ -107,7 +108,7 @@ def fit(self: LikelihoodAdjustedSDP,
     if not self.reg_covar >= 0: raise ValueError(f"reg_covar must be at least 0, got {self.reg_covar!r}")
     k, n = self.n_clusters, len(x)
     C, step, self.history_ = membership_covariances(x, membership_matrices(_first_labels(self, x, generator), k), self.reg_covar), None, []
-    with _bar(self, "iLA-SDP") as bar:
+    with progress_bar("iLA-SDP", self.verbose, unit="step") as bar:
         try:
             for turn in range(1, self.max_turns + 1):
                 A = gaussian_affinity(x, C, self.reg_covar)

@@ -17,11 +17,10 @@ from scipy.special import chdtri
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
 
 from .kmeans import KMeans
 from ..core.assign import soft_assign
-from ..core.checks import as_device, as_generator, as_tensor, check_int, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like, progress_bar
 from ..core.lloyd import kmeans_plusplus
 
 # %% ../../nbs/clustering/04_mixtures.ipynb #4c0faf7c
@@ -165,7 +164,7 @@ class GaussianMixture(ClusterMixin, BaseEstimator):
 def _points(self, X, reset=False):
     "Checked data in float64 on the device where the work is done."
     x = estimator_data(self, X, reset)
-    return x.to(X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device), torch.float64)
+    return x.to(device_of(X, self.device), torch.float64)
 
 def _start(self, x, generator):
     "A `Mixture` to start from."
@@ -210,9 +209,8 @@ def fit(self: GaussianMixture,
         if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)!r}")
     inits = "kmeans", "k-means++", "random", "random_from_data"
     if self.init_params not in inits: raise ValueError(f"init_params must be one of {', '.join(inits)}, got {self.init_params!r}")
-    generator, best = as_generator(self.random_state), None
-    quiet = {None: None, True: False, False: True}[None if self.verbose is None else bool(self.verbose)]
-    with tqdm(desc="EM", unit="step", disable=quiet, delay=0 if self.verbose else 5) as bar:
+    generator, best, bounds = as_generator(self.random_state), None, []
+    with progress_bar("EM", self.verbose, unit="step") as bar:
         try:
             for _ in range(self.n_init):
                 bounds, mixture, done = [], _start(self, x, generator), False
@@ -451,9 +449,8 @@ def partial_fit(self: IncrementalGaussianMixture,
         if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
     if first: self._state, self._scale, self.n_seen_ = nobody(x.shape[1], x.device), _first_scale(self, x), 0
     limit = float(chdtri(x.shape[1], self.beta))
-    quiet = {None: None, True: False, False: True}[None if self.verbose is None else bool(self.verbose)]
     try:
-        for p in tqdm(x, desc="incremental mixture", unit="point", disable=quiet, delay=0 if self.verbose else 5):
+        for p in progress_bar("incremental mixture", self.verbose, unit="point", over=x):
             c = learn_point(self._state, p, limit, self._scale, self.form, self.update)
             self._state = c if self.min_age is None else drop_spurious(c, self.min_age, self.min_mass)
             self.n_seen_ += 1

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
-from tqdm import tqdm
 
 from ..core.aggregate import segment_mean
-from ..core.checks import as_device, as_generator, as_tensor, check_int, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like, progress_bar
 from ..core.lloyd import kmeans, kmeans_plusplus
 
 # %% ../../nbs/clustering/05_sdp.ipynb #313bb25e
@@ -254,11 +253,7 @@ def _check(self, X, matrices):
     if each * n * n > self.max_memory:
         raise ValueError(f"X has {n} rows, for which the solver takes {each * n * n:.3g} GiB, more than max_memory={self.max_memory:g}: "
                          f"fit at most {int((self.max_memory / each)**.5)} rows (memory grows with n**2, time with n**3), or use KMeans or a Gaussian mixture")
-    return x.to(X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device)).double()
-
-def _bar(self, name):
-    "A progress bar by `verbose`."
-    return tqdm(desc=name, unit="step", disable={None: None, True: False, False: True}[None if self.verbose is None else bool(self.verbose)], delay=0 if self.verbose else 5)
+    return x.to(device_of(X, self.device)).double()
 
 # %% ../../nbs/clustering/05_sdp.ipynb #6102c434
 @patch
@@ -268,7 +263,7 @@ def fit(self: SDPKMeans,
 ):
     "Solve the program and round it; returns self."
     x, last = _check(self, X, 1), None
-    with _bar(self, "SDP k-means") as bar:
+    with progress_bar("SDP k-means", self.verbose, unit="step") as bar:
         try:
             for last in rounded_steps(kmeans_affinity(x), self.n_clusters, self.tol, self.max_iter, self.random_state):
                 bar.set_postfix(residual=f"{last.residual:.1e}", refresh=False); bar.update(last.n_iter - bar.n)

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.aggregate import segment_sum
 from ..core.assign import nearest
-from ..core.checks import as_device, as_generator, as_tensor, check_int, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like
 from ..core.lloyd import kmeans_plusplus
 from ..core.models import Model, build_model, model_spec
 from ..core.training import History, load_tree, save_tree, train
@@ -170,7 +170,7 @@ def _check(self, X, reset=True):
     if rule == "direction" and not self.normalize: raise ValueError("rule='direction' needs normalize=True: without it the centres grow without end")
     if self.encoder is None and self.normalize and not all(bool(part.any(1).all()) for part in x.split(65536)):
         warnings.warn("X holds a row of zeros, which has no direction: it stays at the origin, as far from one centre as from the other; remove it or use normalize=False")
-    return x, X.device if isinstance(X, torch.Tensor) and self.device == "auto" else as_device(self.device), rule
+    return x, device_of(X, self.device), rule
 
 def _first_centers(self, z, generator):
     "Centres `(k, d)` to start from, in the dtype and on the device of the rows or codes `z`."
