@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from conftest import ROOT
-from deepclustering.clustering import KMeans, MiniBatchKMeans
+from deepclustering.clustering import GaussianMixture, KMeans, MiniBatchKMeans
 from deepclustering.core.cli import main
 from PIL import Image
 from sklearn.datasets import load_digits, make_blobs
@@ -107,6 +107,8 @@ BAD = {
     "k0.npy": (array(blobs), ["--k", "0"], "--k must be 'auto' or a whole number from 1, got '0'"),
     "kx.npy": (array(blobs), ["--k", "three"], "--k must be 'auto'"),
     "method.npy": (array(blobs), ["--method", "dbscan"], "--method must be one of "),
+    "slow.npy": (array(blobs), ["--method", "sdpkmeans"], "--k must be a number for SDPKMeans"),
+    "levels.npy": (array(blobs), ["--method", "hierarchicalkmeans"], "--method must be one of "),
     "device.npy": (array(blobs), ["--device", "nonsense"], "device must be"),
     "seed.npy": (array(blobs), ["--seed", "-1"], "--seed must be between"),
     "folder.npy": (array(blobs), ["--out", "no/labels.csv"], "--out must lie in a folder that exists, and no does not"),
@@ -129,6 +131,14 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(name, run, here, monkeypa
     assert {p: p.stat().st_mtime_ns for p in here.rglob("*")} == before
 
 
+@pytest.mark.parametrize("method", ["kmedoids", "spectralclustering"])
+def test_too_many_items_for_the_memory_is_one_line(method, run, here, monkeypatch):
+    monkeypatch.setattr("deepclustering.core.checks.free_memory", lambda device: 1e5)
+    np.save("blobs.npy", np.tile(blobs, (2, 1)))
+    code, out, err = run("cluster", "blobs.npy", "--method", method, "--k", "3")
+    assert (code, out) == (2, "") and re.search("240 points.* need 0.0 GB, and 0.0 GB are free on cpu", err[-1]) and [p.name for p in here.iterdir()] == ["blobs.npy"]
+
+
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = subprocess.run([*CALL, "cluster", "missing.csv"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "deepclustering cluster: FILE must exist, and missing.csv does not\n")
@@ -141,7 +151,7 @@ def test_help_needs_no_torch():
 
 # --- what is written ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method", [KMeans, MiniBatchKMeans])
+@pytest.mark.parametrize("method", [KMeans, MiniBatchKMeans, GaussianMixture])
 def test_labels_are_the_estimators_by_size_and_assign_gives_predicts(method, run):
     X = load_digits().data.astype(np.float32)
     np.save("digits.npy", X[:1200]); np.save("new.npy", X[1200:])
@@ -331,27 +341,20 @@ def test_ctrl_c_among_batches_writes_what_there_is_and_while_choosing_says_it(tm
     X = np.random.default_rng(0).normal(size=(3000, 8))
     np.save(tmp_path / "x.npy", X)
     head, tail = SLOW.split("steps = ")[0], SLOW[SLOW.index("from deepclustering.core.cli"):]
-    batches = """
-from deepclustering.clustering.kmeans import MiniBatchKMeans
-step = MiniBatchKMeans._step
+    slow = """
+{owner}
+whole = owner.{name}
 def slowly(*args):
-    print("batch", file=sys.stderr, flush=True)
+    print("{name}", file=sys.stderr, flush=True)
     time.sleep(0.3)
-    return step(*args)
-MiniBatchKMeans._step = slowly
+    return whole(*args)
+owner.{name} = slowly
 """
-    assert "written: labels.csv, model, report.html" in stop_at(tmp_path, head + batches + tail, "batch", 3, "--method", "minibatchkmeans", "--k", "20", "--save", "model")
+    batches = head + slow.format(owner="from deepclustering.clustering.kmeans import MiniBatchKMeans as owner", name="_step") + tail
+    assert "written: labels.csv, model, report.html" in stop_at(tmp_path, batches, "_step", 3, "--method", "minibatchkmeans", "--k", "20", "--save", "model")
     assert len(labels(tmp_path / "labels.csv")[0]) == 3000 and "Stopped by hand" in (tmp_path / "report.html").read_text()
-    choosing = """
-import deepclustering.tool.cluster as cluster
-measure = cluster.measure
-def slowly(*args):
-    print("measure", file=sys.stderr, flush=True)
-    time.sleep(0.3)
-    return measure(*args)
-cluster.measure = slowly
-"""
-    rest = stop_at(tmp_path, head + choosing + tail, "measure", 3, "--out", "early.csv", "--report", "early.html")
+    choosing = head + slow.format(owner="import deepclustering.tool.cluster as owner", name="measure") + tail
+    rest = stop_at(tmp_path, choosing, "measure", 3, "--out", "early.csv", "--report", "early.html")
     assert re.search(r"stopped after k = \d of 2 to 20; the best so far: \d groups \(silhouette", rest) and not list(tmp_path.glob("early*"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["labels.csv", "model", "report.html", "x.npy"]
 

@@ -290,6 +290,8 @@ def sample(self: GaussianMixture,
     drawn = torch.cat([means[j] + noise[labels == j] @ roots[j].T for j in range(len(means))])
     return like(drawn, self.means_), like(labels, self.means_)
 
+
+
 # %% ../../nbs/clustering/04b_incremental_mixtures.ipynb #1ff9d57b
 def covariance_update(
     covariances,    # C of @eq-exact, `(k, d, d)`

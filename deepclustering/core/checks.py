@@ -129,9 +129,11 @@ def free_memory(
     except (OSError, StopIteration):
         try: free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError): return float("inf")
-    try: most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError): return free  # no container, or one without a limit: "max"
-    return min(free, most - used)
+    try:
+        most, used, parts = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cached = dict(line.split() for line in parts.splitlines())["inactive_file"]  # of files that were read: given back when needed
+        return min(free, int(most) - int(used) + int(cached))
+    except (OSError, ValueError, KeyError): return free  # no container, or one without a limit: "max"
 
 def check_memory(
     nbytes,       # that are about to be asked for
