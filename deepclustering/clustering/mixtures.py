@@ -542,3 +542,4 @@ def complete(self: IncrementalGaussianMixture,
     if x.shape[1] != len(where): raise ValueError(f"X must have the {len(where)} columns that known names, got shape {tuple(x.shape)}")
     model = (torch.as_tensor(v).to(x) for v in (self.weights_, self.means_, self.precisions_, self.log_dets_))
     return like(conditional_mean(x, torch.as_tensor(where).to(x.device), *model), X)
+
