@@ -600,6 +600,118 @@ check("pooling.soft_pool1d", a_map((32, 64, 16_384)), _round[torch.float32], hal
 check("pooling.soft_pool3d", a_map((4, 32, 16, 56, 56)), _round[torch.float32], halved)(soft_pool())
 
 
+# --- pooling.adapool, pooling.mixed -------------------------------------------------------------------------------------
+
+def ada_pool(**options):
+    def call(x):
+        from deepclustering.pooling.adapool import ada_pool2d
+        return ada_pool2d(x, 2, **options)
+    return call
+
+
+def ada_pool_and_gradient(x, g):
+    leaf = x.detach().requires_grad_()
+    y = ada_pool()(leaf)
+    return y.detach(), torch.autograd.grad(y, leaf, g)[0]
+
+
+def tree_pool(x):
+    from deepclustering.pooling.mixed import tree_weights
+    from deepclustering.pooling.windows import pool_windows
+    v = torch.linspace(-1, 1, 16, dtype=x.dtype, device=x.device).view(4, 4)
+    return pool_windows(x, tree_weights(v, v[:3].flip(1)), (2, 2))
+
+
+for _name, _dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+    check(f"pooling.ada_pool2d {_name}", a_map((20, 32, 128, 128), _dtype), _round[_dtype], halved)(ada_pool())
+    check(f"pooling.ada_pool2d gradient {_name}", a_map((20, 32, 128, 128), _dtype, gradient=True), 2 * _round[_dtype], halved_and_back)(ada_pool_and_gradient)
+check("pooling.ada_pool2d vectors", a_map((20, 32, 128, 128)), _round[torch.float32], halved)(ada_pool(vectors=True))
+check("pooling.tree_weights 3 levels", a_map((20, 32, 128, 128)), 2e-5, halved)(tree_pool)
+
+
+# --- pooling.shift ------------------------------------------------------------------------------------------------------
+
+def pooled(name, **options):
+    "A layer of `deepclustering.pooling`, fresh."
+    def call(x):
+        return getattr(import_module("deepclustering.pooling"), name)(**options).to(x.device)(x)
+    return call
+
+
+check("pooling.BlurPool2d", a_map((32, 64, 112, 112)), 2e-6, halved)(pooled("BlurPool2d"))
+check("pooling.BlurPool2d bf16", a_map((32, 64, 112, 112), torch.bfloat16), _round[torch.bfloat16], halved)(pooled("BlurPool2d"))
+check("pooling.MaxBlurPool2d", a_map((32, 64, 112, 112)), 2e-6, halved)(pooled("MaxBlurPool2d"))
+check("pooling.MaxBlurPool2d circular", a_map((32, 64, 112, 112)), 2e-6, halved)(pooled("MaxBlurPool2d", pad_mode="circular"))
+check("pooling.SpectralPool2d", a_map((32, 64, 112, 112)), 4e-6, halved)(pooled("SpectralPool2d"))
+
+
+# --- pooling.means ------------------------------------------------------------------------------------------------------
+
+def items_and_exponent(dtype=torch.float32):
+    def make(generator, big):
+        n, k = (1_000_000, 1000) if big else (60, 5)
+        return torch.rand(n, 64, generator=generator).add(.05).to(dtype), torch.randint(0, k, (n,), generator=generator), torch.rand(k, 64, generator=generator).to(dtype)
+    return make
+
+
+def power_mean_and_gradients(x, index, g):
+    from deepclustering.pooling.means import power_mean_aggregation
+    leaf, p = x.detach().requires_grad_(), torch.tensor(3., device=x.device, requires_grad=True)
+    y = power_mean_aggregation(leaf, index, p, len(g), check=False)
+    dx, dp = torch.autograd.grad(y, (leaf, p), g)
+    return y.detach(), dx, dp / len(x)
+
+
+for _name, _dtype, _tolerance in (("fp32", torch.float32, 2e-5), ("fp16", torch.float16, 2e-3)):
+    check(f"pooling.power_mean_aggregation {_name}", items_and_exponent(_dtype), _tolerance, lambda x, index, g: (3 * size(x) + 2 * size(g), 20 * x.numel()))(power_mean_and_gradients)
+
+
+# --- clustering.category_discovery --------------------------------------------------------------------------------------
+
+def grouped_points(generator, big):
+    n, k, d = (200_000, 32, 16) if big else (499, 5, 4)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64), torch.nn.functional.one_hot(torch.arange(n) % k, k).double()
+
+
+def group_weight_cost(x, shares): return 3 * size(x) + size(shares), 2 * x.shape[0] * shares.shape[1] * x.shape[1] ** 2
+
+
+@check("category_discovery.log_weight", grouped_points, 1e-8, group_weight_cost)
+def _(x, shares):
+    from deepclustering.clustering.category_discovery import Prior, log_weight, moments
+    d = x.shape[1]
+    return log_weight(Prior(x.new_zeros(d), x.new_tensor(.01), x.new_tensor(d + 2.), torch.eye(d).to(x)), moments(x, shares))
+
+
+# --- moe.routers, moe.balance -------------------------------------------------------------------------------------------
+
+def router_scores(generator, big):
+    T, E = (4096, 64) if big else (37, 6)
+    return tuple(torch.randn(T, E, generator=generator) for _ in range(2)) + (torch.rand(T, E, generator=generator) + .1,)
+
+
+def router_scores_cost(logits, noise, std): return 4 * size(logits), 40 * logits.numel()
+
+
+@check("moe.prob_in_topk", router_scores, 2e-5, router_scores_cost)
+def _(logits, noise, std):
+    from deepclustering.moe.routers import prob_in_topk
+    return prob_in_topk(logits, logits + noise * std, std, 2)
+
+
+@check("moe.balance_loss gradient", router_scores, 2e-5, router_scores_cost)
+def _(logits, noise, std):
+    from deepclustering.moe.routers import balance_loss, prototype_topk, z_loss
+    leaf = logits.detach().clone().requires_grad_()
+    return torch.autograd.grad(balance_loss(prototype_topk(leaf, 2), n_group=2) + z_loss(leaf), leaf)
+
+
+@check("moe.balance_as", router_scores, 2e-5, router_scores_cost)
+def _(logits, noise, std):
+    from deepclustering.moe.balance import CONVENTIONS, balance_as
+    return torch.stack([balance_as(name, torch.stack([logits, noise])[:, None], 2) for name in CONVENTIONS])
+
+
 # --- running them -------------------------------------------------------------------------------------------------------
 
 def timed(call, repeats=10, seconds=4.0):

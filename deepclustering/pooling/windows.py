@@ -90,7 +90,7 @@ def pool_windows(
     "The weighted sum of each window, `(..., *out)`. An activation of weight 0 takes no part, be it infinite or NaN."
     values, inside = gather_windows(x, kernel_size, stride, padding, dilation, ceil_mode)
     weights = weigh(values, inside)
-    return (weights * values.masked_fill(weights == 0, 0)).sum(-1)
+    return (weights * values.masked_fill((weights == 0) & ~values.isfinite(), 0)).sum(-1)
 
 # %% ../../nbs/pooling/01_windows.ipynb #21111176
 def mean_weights(values, inside):
@@ -326,13 +326,14 @@ def replace_pooling(
 ):
     """The model with its pooling layers replaced, windows unchanged; no parameter is touched.
 
-    Raises `ValueError` if there is no such layer, if one returns indices, or has a dilation that `new` does not know."""
+    Raises `ValueError` if there is no such layer, if one returns indices, or has padding, dilation or a ceil_mode that `new` does not know."""
     takes, made = signature(new).parameters, {}
     for name, layer in model.named_modules():
         if not isinstance(layer, old): continue
         given = {a: getattr(layer, a) for a in ("kernel_size", "stride", "padding", "dilation", "ceil_mode") if hasattr(layer, a)}
         if getattr(layer, "return_indices", False): raise ValueError(f"model must not have pooling that returns indices, got {name or 'itself'}: {layer}")
-        if "dilation" not in takes and given.pop("dilation", 1) not in (1, (1,), (1, 1), (1, 1, 1)): raise ValueError(f"new must know dilation, as {name or 'the model'} has it, got {new.__name__}")
+        for a, nothing in (("padding", 0), ("dilation", 1), ("ceil_mode", False)):
+            if a not in takes and (v := given.pop(a, nothing)) not in (nothing, *((nothing,) * d for d in (1, 2, 3))): raise ValueError(f"new must know {a}, {name or 'the model'} has {v}, got {new.__name__}")
         made[layer] = new(**given).train(layer.training)
     if not made: raise ValueError(f"model must have a layer of {old}, got none")
     for parent in list(model.modules()):
