@@ -629,6 +629,28 @@ check("pooling.ada_pool2d vectors", a_map((20, 32, 128, 128)), _round[torch.floa
 check("pooling.tree_weights 3 levels", a_map((20, 32, 128, 128)), 2e-5, halved)(tree_pool)
 
 
+# --- pooling.maxout, pooling.all_convolutional --------------------------------------------------------------------------
+
+@check("pooling.channel_max_pool", a_map((20, 32, 128, 128)), 1e-7, lambda x: (size(x) + size(x) // 4, x.numel()))
+def _(x):
+    from deepclustering.pooling.maxout import channel_max_pool
+    return channel_max_pool(x, 4 if x.shape[1] % 4 == 0 else 3)
+
+
+def sent_back(rule):
+    def call(x):
+        from deepclustering.pooling.all_convolutional import AverageHead, guided_backpropagation
+        head = AverageHead(x.shape[1], 10).to(x)
+        torch.nn.init.zeros_(head.conv.bias)
+        with torch.no_grad(): head.conv.weight.copy_(torch.arange(head.conv.weight.numel(), device=x.device, dtype=torch.float64).cos().view_as(head.conv.weight))
+        return guided_backpropagation(torch.nn.Sequential(torch.nn.ReLU(), head), x, 3, rule)
+    return call
+
+
+for _rule in ("backpropagation", "deconvnet", "guided"):
+    check(f"pooling.guided_backpropagation {_rule}", a_map((20, 32, 128, 128)), 1e-6, lambda x: (3 * size(x), 2 * 10 * x.numel()))(sent_back(_rule))
+
+
 # --- pooling.shift ------------------------------------------------------------------------------------------------------
 
 def pooled(name, **options):
