@@ -734,6 +734,37 @@ def _(logits, noise, std):
     return torch.stack([balance_as(name, torch.stack([logits, noise])[:, None], 2) for name in CONVENTIONS])
 
 
+# --- moe.balanced -------------------------------------------------------------------------------------------------------
+
+def balanced_cost(logits, noise, std): return 8 * size(logits), 400 * logits.numel()   # Sinkhorn reads the matrix for up to 100 iterations
+
+
+@check("moe.expert_choice", router_scores, 2e-5, router_scores_cost)
+def _(logits, noise, std):
+    from deepclustering.moe.balanced import expert_choice
+    return expert_choice(logits).to_map()
+
+
+@check("moe.sinkhorn_topk loads", router_scores, 2e-2, balanced_cost)
+def _(logits, noise, std):   # a near tie may fall otherwise: compare the mean of the chosen logits, not the choices
+    from deepclustering.moe.balanced import sinkhorn_topk
+    return logits.gather(1, sinkhorn_topk(logits, 2).experts).mean()
+
+
+@check("moe.base_assignment", router_scores, 2e-5, balanced_cost)
+def _(logits, noise, std):
+    from deepclustering.moe.balanced import base_assignment
+    return base_assignment(logits[:1024]).to_map()
+
+
+@check("moe.soft_slots gradients", router_scores, 5e-5, router_scores_cost)
+def _(logits, noise, std):
+    from deepclustering.moe.balanced import soft_slots, through_slots
+    h = logits[:, :6, None].expand(-1, -1, 2).detach().clone().requires_grad_()
+    y = through_slots(noise, soft_slots(h), lambda e, rows: (e + 1) * rows)
+    return y, torch.autograd.grad(y.sin().mean(), h)[0]
+
+
 # --- running them -------------------------------------------------------------------------------------------------------
 
 def timed(call, repeats=10, seconds=4.0):
