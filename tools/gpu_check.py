@@ -762,7 +762,7 @@ def _(logits, noise, std):
     from deepclustering.moe.balanced import soft_slots, through_slots
     h = logits[:, :6, None].expand(-1, -1, 2).detach().clone().requires_grad_()
     y = through_slots(noise, soft_slots(h), lambda e, rows: (e + 1) * rows)
-    return y, torch.autograd.grad(y.sin().mean(), h)[0]
+    return y.detach(), torch.autograd.grad(y.sin().mean(), h)[0]
 
 
 # --- running them -------------------------------------------------------------------------------------------------------

@@ -139,12 +139,12 @@ class Difference(NamedTuple):
     def __str__(self): return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 def paired_difference(
-    a, # `(n,)` scores, one for each seed
-    b, # `(n,)` scores of another method on the same seeds, in the same order
+    values,   # `(n,)` scores, one for each seed
+    baseline, # `(n,)`, another method on the same seeds in the same order
 ):
-    "Mean and 95 % interval of `a - b` over seeds, as a named tuple. `ValueError` for fewer than two pairs, unequal lengths or NaN. Source: Student, The probable error of a mean, 1908."
-    a, b = _floats(a, "a", ndim=1), _floats(b, "b", ndim=1)
-    if len(a) != len(b) or len(a) < 2: raise ValueError(f"a and b must hold the same two or more seeds, got {len(a)} and {len(b)} scores")
+    "Mean and 95 % interval of `values - baseline` over seeds, as a named tuple. `ValueError` for fewer than two pairs, unequal lengths or NaN. Source: Student, The probable error of a mean, 1908."
+    a, b = _floats(values, "values", ndim=1), _floats(baseline, "baseline", ndim=1)
+    if len(a) != len(b) or len(a) < 2: raise ValueError(f"values and baseline must hold the same two or more seeds, got {len(a)} and {len(b)} scores")
     d = a - b
     mean, half = d.mean(), stdtrit(len(d) - 1, .975) * d.std(ddof=1) / math.sqrt(len(d))
     return Difference(float(mean), float(mean - half), float(mean + half), len(d))

@@ -179,11 +179,11 @@ def works_list(
         names = ", ".join(code(_address(s), s) for s in p.symbols)
         tests = ", ".join(code(_SOURCE.format(t.partition("::")[0]), t.partition("::")[2]) for t in p.tests)
         verdicts = [f"<br>{link(_SOURCE.format('results/ledger.jsonl'), r['verdict'])}: {escape(result_line(r), quote=False)}" for r in rows if r["paper"] == p.id]
-        if len(verdicts) > MANY: verdicts[MANY:] = [f"<br>and {len(verdicts) - MANY} more rows of the ledger: {_counted(r['verdict'] for r in rows if r['paper'] == p.id)} in all"]
+        if len(verdicts) > MANY: verdicts[MANY:] = [f"<br>and more in the ledger, {_counted(r['verdict'] for r in rows if r['paper'] == p.id)} in all"]
         items.append(f'<li id="{p.id}"><strong>{title}</strong>, {p.year} <code>{p.id}</code><br>{chapter}: {names}; tests: {tests}{"".join(verdicts)}</li>')
     return "\n".join(["<ul>", *items, "</ul>"])
 
-MANY = 2  # verdicts of a paper that a page spells out
+MANY = 1  # verdicts of a paper that a page spells out
 
 def _counted(verdicts): return ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).most_common())
 
