@@ -97,9 +97,10 @@ def _n_init(self):
 # %% ../../nbs/clustering/01_kmeans.ipynb #1ae5a118
 def mean_variance(
     x,           # points `(n, d)`
-    rows=8192,   # points a block
+    rows=None,   # points a block; None: 8,192, or on a GPU, where a block costs a launch, 2**24 numbers
 ):
     "Mean over the features of their variance, in float64, in two passes over blocks."
+    rows = rows or (max(1, 2**24 // x.shape[1]) if x.is_cuda else 8192)
     mean = sum(part.double().sum(0) for part in x.split(rows)) / len(x)
     return float(sum((part.double() - mean).square().sum(0) for part in x.split(rows)).mean() / len(x))
 
@@ -146,8 +147,9 @@ def _set_fitted(self, X, labels, inertia, centers, n_iter):
 
 def _warn_if_fewer(self):
     "scikit-learn's warning when there are fewer distinct points than clusters."
+    if self.inertia_ > 0: return self
     found = len(set(self.labels_.tolist()))
-    if found < self.n_clusters and self.inertia_ == 0:
+    if found < self.n_clusters:
         warnings.warn(f"Number of distinct clusters ({found}) found smaller than n_clusters ({self.n_clusters}). Possibly due to duplicate points in X.", ConvergenceWarning)
     return self
 

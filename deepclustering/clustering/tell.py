@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from ..core.aggregate import segment_sum
+from ..core.aggregate import segment_sum, take_slots
 from ..core.assign import nearest
 from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like
 from ..core.lloyd import kmeans_plusplus
@@ -66,7 +66,7 @@ class KMeansLayer(nn.Module):
         labels, # `(n,)`
     ):
         "Squared distance `(n,)` to the labelled centre, for unit length if not tied; equal to `||x||^2` minus the logit, also in its gradient."
-        own = self.centers[labels]
+        own = take_slots(self.centers, labels)
         if self.tied: return (x - own).square().sum(1)
         return x.square().sum(1) - 2 * (x * own).sum(1) - self.bias[labels]
 

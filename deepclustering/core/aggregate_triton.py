@@ -69,13 +69,11 @@ def _piece(
 
 @triton.jit
 def _items(
-    order, start, last,            # pointer as above; places
+    order, place, last,            # pointer as above; places, (STEP,) or of any shape; where they end
     columns, d,                    # (COLUMNS,), number of columns
-    STEP: tl.constexpr,
 ):
-    "The items at `start, ..., start + STEP - 1`, `(STEP, 1)`, and which entries of the tile exist, `(STEP, COLUMNS)`."
-    place = start + tl.arange(0, STEP)
-    return tl.load(order + place, mask=place < last, other=0)[:, None], (place < last)[:, None] & (columns < d)[None, :]
+    "The items at these places, `(STEP, 1)`, and which entries of the tile exist, `(STEP, COLUMNS)`."
+    return tl.expand_dims(tl.load(order + place, mask=place < last, other=0), -1), tl.expand_dims(place < last, -1) & (columns < d)
 
 # %% ../../nbs/core/32_aggregate_triton.ipynb #41b38336
 @triton.jit
@@ -96,7 +94,7 @@ def _softmax_pieces(
     else:
         lane_m, lane_s = tl.full((STEP, COLUMNS), float("-inf"), tl.float32), tl.zeros((STEP, COLUMNS), tl.float32)
         for start in range(first, last, STEP):
-            items, inside = _items(order, start, last, columns, d, STEP)
+            items, inside = _items(order, start + tl.arange(0, STEP), last, columns, d)
             part = tl.load(x + items * stride + columns[None, :], mask=inside, other=float("-inf")).to(tl.float32)
             lane_m, lane_s = _merge(lane_m, lane_s, part, 1.)
         m, s = _lanes(lane_m, lane_s)
@@ -107,7 +105,7 @@ def _softmax_pieces(
             last = first
     m, s = tl.where(m == float("-inf"), 0., m), tl.where(s == 0, 1., s)          # all -inf: weights 0
     for start in range(first, last, STEP):
-        items, inside = _items(order, start, last, columns, d, STEP)
+        items, inside = _items(order, start + tl.arange(0, STEP), last, columns, d)
         part = tl.load(x + items * stride + columns[None, :], mask=inside, other=float("-inf")).to(tl.float32)
         tl.store(p + items * d + columns[None, :], tl.exp(part - m[None, :]) / s[None, :], mask=inside)  # @eq-softmax
 
@@ -116,11 +114,12 @@ def _softmax_pieces(
 def _pieces_of(
     q, index, order, ends, n, rows, # window; as in `_piece`
 ):
-    "The large slot that begins in window q: number of its first piece, and how many there are, 0 without such a slot."
+    "The large slot that begins in window q: number of its first piece, how many there are, 0 without such a slot, and the slot."
     q = q.to(tl.int64)
-    begin, end = _slot(tl.load(index + tl.load(order + tl.minimum((q + 1) * rows, n) - 1)), ends)
+    slot = tl.load(index + tl.load(order + tl.minimum((q + 1) * rows, n) - 1))
+    begin, end = _slot(slot, ends)
     mine = (end - begin > rows) & (begin >= q * rows)
-    return 2 * q + (begin > q * rows).to(tl.int64), tl.where(mine, (end - 1) // rows - q + 1, 0)
+    return 2 * q + (begin > q * rows).to(tl.int64), tl.where(mine, (end - 1) // rows - q + 1, 0), slot
 
 @triton.jit
 def _softmax_merge(
@@ -129,7 +128,7 @@ def _softmax_merge(
 ):
     q = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    head, pieces = _pieces_of(q, index, order, ends, n, rows)
+    head, pieces, _ = _pieces_of(q, index, order, ends, n, rows)
     lane_m, lane_s = tl.full((STEP, COLUMNS), float("-inf"), tl.float32), tl.zeros((STEP, COLUMNS), tl.float32)
     for start in range(0, pieces, STEP):
         t = start + tl.arange(0, STEP)
@@ -206,7 +205,7 @@ def _gradient_pieces(
     else:
         lane = tl.zeros((STEP, COLUMNS), tl.float32)
         for start in range(first, last, STEP):
-            items, inside = _items(order, start, last, columns, d, STEP)
+            items, inside = _items(order, start + tl.arange(0, STEP), last, columns, d)
             weight = tl.load(p + items * stride_p + columns[None, :], mask=inside, other=0.).to(tl.float32)
             lane += weight * tl.load(g + items * stride_g + columns[None, :], mask=inside, other=0.).to(tl.float32)
         total = tl.sum(lane, 0)
@@ -214,7 +213,7 @@ def _gradient_pieces(
             tl.store(piece_sum + c.to(tl.int64) * d + columns, total, mask=columns < d)
             last = first
     for start in range(first, last, STEP):
-        items, inside = _items(order, start, last, columns, d, STEP)
+        items, inside = _items(order, start + tl.arange(0, STEP), last, columns, d)
         weight = tl.load(p + items * stride_p + columns[None, :], mask=inside, other=0.).to(tl.float32)
         arrived = tl.load(g + items * stride_g + columns[None, :], mask=inside, other=0.).to(tl.float32)
         tl.store(out + items * d + columns[None, :], weight * (arrived - total[None, :]), mask=inside)   # @eq-softmax
@@ -226,7 +225,7 @@ def _gradient_merge(
 ):
     q = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    head, pieces = _pieces_of(q, index, order, ends, n, rows)
+    head, pieces, _ = _pieces_of(q, index, order, ends, n, rows)
     lane = tl.zeros((STEP, COLUMNS), tl.float32)
     for start in range(0, pieces, STEP):
         t = start + tl.arange(0, STEP)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import all_finite, check_int
+from .operators import operator
 
 # %% ../../nbs/core/10_assign.ipynb #bc4e167e
 @contextmanager
@@ -76,6 +77,16 @@ def _by_score(
         scores = torch.baddbmm(bias, matrix, points.mT, beta=-1)       # (B, k, b), minus @eq-score over a power of two
         return _first_maximum(scores), points.sum()
     return label
+
+@operator("(Tensor points, Tensor centers) -> (Tensor, Tensor)", cuda="deepclustering.core.lloyd_triton:launch_nearest")
+def _label(
+    points,  # `(B, b, d)`, on the device of the centres
+    centers, # `(B, k, d)`
+):
+    "The same as one call. On a GPU it has a kernel for float32, which writes no scores."
+    return _by_score(centers)(points)
+
+_label.fake(lambda points, centers: (points.new_empty(points.shape[:-1], dtype=torch.int64), centers.new_empty(())))
 
 # %% ../../nbs/core/10_assign.ipynb #f9fecfcd
 def _by_difference(
@@ -140,14 +151,17 @@ def _fill(
 ):
     "The walk over the blocks of a batch of problems."
     (B, n, d), k = x.shape, centers.shape[-2]
-    rows, problems = _blocks(n, max(k, d), centers.is_cuda)
+    kernel = centers.is_cuda and centers.dtype == torch.float32 and not exact
+    rows, problems = _blocks(n, d if kernel else max(k, d), centers.is_cuda)
+    if kernel and x.is_cuda and distances is None: rows, problems = max(1, n), max(1, B)  # nothing is stored on the way, so there is nothing to cut into blocks
+    dtype = x.dtype if kernel and x.is_floating_point() else centers.dtype
     probe = centers.new_zeros(())
     for p in range(0, B, problems):
         c = centers[p:p + problems]
-        label = (_by_difference if exact else _by_score)(c)
+        label = (lambda points: _label(points, c)) if kernel else (_by_difference if exact else _by_score)(c)
         for i in range(0, n, block or rows):
             part = slice(p, p + problems), slice(i, i + (block or rows))
-            points = x[part].to(centers.device, centers.dtype)
+            points = x[part].to(centers.device, dtype)
             labels[part], check = label(points)
             probe += check  # looked at once, at the end: a GPU does not wait
             if distances is None: continue

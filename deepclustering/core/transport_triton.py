@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernels import dot
+from .kernels import dot, tensor_cores
 from .operators import Unfit, launch
 
 # %% ../../nbs/core/34_transport_triton.ipynb #812a312a
@@ -29,13 +29,13 @@ def _exponents(
     x, y, w,                   # pointers to float (n, p), (k, p), to float32 (k,)
     rows, columns, n, k, p,    # which, and how many there are
     scale, x_row, y_row,       # factor of the products; strides
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
 ):
     "t of @eq-product for a tile, -inf beyond the last column."
     f, t = tl.arange(0, FEATURES), tl.zeros((ROWS, COLUMNS), tl.float32)
-    if WHOLE: t = dot(first, _part(y, columns, k, y_row, f, p).T, t)
+    if WHOLE: t = dot(first, _part(y, columns, k, y_row, f, p).T, t, SPLIT)
     else:
-        for start in range(0, p, FEATURES): t = dot(_part(x, rows, n, x_row, start + f, p), _part(y, columns, k, y_row, start + f, p).T, t)
+        for start in range(0, p, FEATURES): t = dot(_part(x, rows, n, x_row, start + f, p), _part(y, columns, k, y_row, start + f, p).T, t, SPLIT)
     bias = tl.load(w + columns, mask=columns < k, other=0.)
     return tl.where(columns[None, :] < k, t * scale + bias[None, :], float("-inf"))
 
@@ -47,7 +47,7 @@ def _logsumexp_product(
     n, k, p, scale,            # sizes; factor of the products
     tiles, each,               # tiles of rows in a problem; columns of a program
     x_batch, x_row, y_batch, y_row, # strides
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
 ):
     b = (tl.program_id(0) // tiles).to(tl.int64)                                     # int64: an offset may pass 2^31
     rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -56,7 +56,7 @@ def _logsumexp_product(
     m, s = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     begin = tl.program_id(1) * each
     for start in range(begin, tl.minimum(begin + each, k), COLUMNS):
-        t = _exponents(first, x, y, w, rows, start + tl.arange(0, COLUMNS), n, k, p, scale, x_row, y_row, ROWS, COLUMNS, FEATURES, WHOLE)
+        t = _exponents(first, x, y, w, rows, start + tl.arange(0, COLUMNS), n, k, p, scale, x_row, y_row, ROWS, COLUMNS, FEATURES, WHOLE, SPLIT)
         larger = tl.maximum(m, tl.max(t, 1))
         base = tl.where(tl.abs(larger) == float("inf"), 0., larger)
         s = s * tl.exp(m - base) + tl.sum(tl.exp(t - base[:, None]), 1)              # @eq-online
@@ -69,12 +69,11 @@ def _tile(
     x,      # `(B, n, p)`
     values, # is it for @eq-values?
 ):
-    "`ROWS`, `COLUMNS`, `FEATURES`, `WHOLE` and warps."
-    short = x.element_size() == 2 and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 8)
-    if not short: return (64, 32, 16, False, 8) if values else (64, 64, 16, False, 8)
-    features = max(16, triton.next_power_of_2(x.shape[-1]))
-    if features > 128: return (64, 32, 32, False, 4) if values else (128, 64, 32, False, 8)
-    return (64, 32 if features <= 64 else 16, features, True, 4) if values else (128, 64, features, True, 8)
+    "The kernels' constants `ROWS`, `COLUMNS`, `FEATURES`, `WHOLE` and `SPLIT`, and warps."
+    if not tensor_cores(x): return (64, 32, 16, False, False, 8) if values else (64, 64, 16, False, False, 8)
+    features, short = max(16, triton.next_power_of_2(x.shape[-1])), x.element_size() == 2
+    if features > (128 if short else 64): return (64, 32, 32, False, True, 4) if values else (128, 64, 32, False, True, 8)
+    return (64, 16, features, True, True, 4) if values and features > 64 else (128, 64, features, True, True, 8)
 
 def _share(
     programs, # that there are without shares
@@ -109,12 +108,12 @@ def logsumexp_tiles(
     "@eq-product by the kernel: `(..., n)` float32."
     lead, (x, y, w) = x.shape[:-1], _prepared(x, y, w)
     (B, n, p), k = x.shape, y.shape[1]
-    ROWS, COLUMNS, FEATURES, WHOLE, warps = _tile(x, False)
+    ROWS, COLUMNS, FEATURES, WHOLE, SPLIT, warps = _tile(x, False)
     tiles = triton.cdiv(n, ROWS)
     each, shares = _share(tiles * B, k, COLUMNS)
     out = torch.empty(shares, B, n, device=x.device)
     launch(_logsumexp_product, (tiles * B, shares), x, y, w, out, n, k, p, scale, tiles, each, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-           ROWS=ROWS, COLUMNS=COLUMNS, FEATURES=FEATURES, WHOLE=WHOLE, num_warps=warps, num_stages=3)
+           ROWS=ROWS, COLUMNS=COLUMNS, FEATURES=FEATURES, WHOLE=WHOLE, SPLIT=SPLIT, num_warps=warps, num_stages=3)
     return (out[0] if shares == 1 else out.logsumexp(0)).reshape(lead)
 
 # %% ../../nbs/core/34_transport_triton.ipynb #52865093
@@ -127,7 +126,7 @@ def _sumexp_product(
     n, k, p, c, scale,         # sizes; factor of the products
     tiles, each,               # tiles of rows in a problem; columns of a program
     x_batch, x_row, y_batch, y_row, # strides
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, VALUES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, VALUES: tl.constexpr,
 ):
     b = (tl.program_id(0) // tiles).to(tl.int64)
     rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -138,8 +137,8 @@ def _sumexp_product(
     begin = tl.program_id(1) * each
     for start in range(begin, tl.minimum(begin + each, k), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        t = _exponents(first, x, y, w, rows, columns, n, k, p, scale, x_row, y_row, ROWS, COLUMNS, FEATURES, WHOLE)
-        total = dot(tl.exp(t + own[:, None]), _part(v, columns, k, c, f, c), total)  # @eq-values
+        t = _exponents(first, x, y, w, rows, columns, n, k, p, scale, x_row, y_row, ROWS, COLUMNS, FEATURES, WHOLE, SPLIT)
+        total = dot(tl.exp(t + own[:, None]), _part(v, columns, k, c, f, c), total, SPLIT)  # @eq-values
     at = (tl.program_id(1) * (tl.num_programs(0) // tiles) + b) * n + rows
     tl.store(out + at[:, None] * c + f[None, :], total, mask=(rows[:, None] < n) & (f[None, :] < c))
 
@@ -153,12 +152,12 @@ def sumexp_tiles(
     "@eq-values by the kernel: `(..., n, c)` float32. More than 64 values make the exponentials again for each 64."
     (*lead, c), (x, y, u, w) = (*x.shape[:-1], v.shape[-1]), _prepared(x, y, u, w)
     (B, n, p), k, v = x.shape, y.shape[1], _flat(v).contiguous()
-    ROWS, COLUMNS, FEATURES, WHOLE, warps = _tile(x, True)
+    ROWS, COLUMNS, FEATURES, WHOLE, SPLIT, warps = _tile(x, True)
     VALUES, tiles = min(64, max(16, triton.next_power_of_2(c))), triton.cdiv(n, ROWS)
     each, shares = _share(tiles * B, k, COLUMNS)
     out = torch.empty(shares, B, n, c, device=x.device)
     launch(_sumexp_product, (tiles * B, shares, triton.cdiv(c, VALUES)), x, y, u, w, v, out, n, k, p, c, scale, tiles, each, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-           ROWS=ROWS, COLUMNS=COLUMNS, FEATURES=FEATURES, WHOLE=WHOLE, VALUES=VALUES, num_warps=warps, num_stages=3)
+           ROWS=ROWS, COLUMNS=COLUMNS, FEATURES=FEATURES, WHOLE=WHOLE, SPLIT=SPLIT, VALUES=VALUES, num_warps=warps, num_stages=3)
     return (out[0] if shares == 1 else out.sum(0)).reshape(*lead, c)
 
 # %% ../../nbs/core/34_transport_triton.ipynb #d3629eb4
@@ -166,8 +165,8 @@ _types = {"w": "*fp32", "out": "*fp32", "n": "i32", "k": "i32", "p": "i32", "sca
 _values = {"u": "*fp32", "v": "*fp32", "c": "i32", "VALUES": 64}
 
 def _ahead(kernel, dtype, tile, since, more):
-    constants = dict(zip(("ROWS", "COLUMNS", "FEATURES", "WHOLE"), tile))
-    return kernel, _types | {"x": dtype, "y": dtype} | constants | more, {"num_warps": tile[4], "num_stages": 3, "since": since}
+    constants = dict(zip(("ROWS", "COLUMNS", "FEATURES", "WHOLE", "SPLIT"), tile))
+    return kernel, _types | {"x": dtype, "y": dtype} | constants | more, {"num_warps": tile[5], "num_stages": 3, "since": since}
 
-AHEAD = [_ahead(_logsumexp_product, "*fp32", (64, 64, 16, False, 8), 75, {}), _ahead(_logsumexp_product, "*bf16", (128, 64, 64, True, 8), 80, {}),
-         _ahead(_sumexp_product, "*fp32", (64, 32, 16, False, 8), 75, _values), _ahead(_sumexp_product, "*bf16", (64, 32, 64, True, 4), 80, _values)]
+AHEAD = [_ahead(_logsumexp_product, "*fp32", (64, 64, 16, False, False, 8), 75, {}), _ahead(_logsumexp_product, "*fp32", (128, 64, 64, True, True, 8), 80, {}), _ahead(_logsumexp_product, "*bf16", (128, 64, 64, True, True, 8), 80, {}),
+         _ahead(_sumexp_product, "*fp32", (64, 32, 16, False, False, 8), 75, _values), _ahead(_sumexp_product, "*fp32", (128, 64, 64, True, True, 8), 80, _values), _ahead(_sumexp_product, "*bf16", (128, 64, 64, True, True, 8), 80, _values)]

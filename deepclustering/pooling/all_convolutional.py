@@ -6,15 +6,13 @@
 __all__ = ['VARIANTS', 'RULES', 'MLPConv2d', 'AverageHead', 'all_cnn', 'guided_backpropagation']
 
 # %% ../../nbs/pooling/04b_all_convolutional.ipynb #5cb4d188
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.checks import check_int
-from ..core.models import initialised
+from .comparison import he
 
 # %% ../../nbs/pooling/04b_all_convolutional.ipynb #a74966ef
 class MLPConv2d(nn.Module):
@@ -60,10 +58,6 @@ class AverageHead(nn.Module):
 # %% ../../nbs/pooling/04b_all_convolutional.ipynb #a020c689
 VARIANTS = ("base", "strided", "convpool", "all")
 
-def _he(conv):
-    "The convolution, initialised for a ReLU: He et al., Delving Deep into Rectifiers, 2015."
-    return initialised(conv, math.sqrt(2 / conv.weight[0].numel()))
-
 def all_cnn(
     variant="all",     # one of `VARIANTS`, the table above
     in_channels=3, n_classes=10,
@@ -76,11 +70,11 @@ def all_cnn(
     channels = [check_int(c, "in_channels or widths") for c in (in_channels, *widths)]
     with torch.random.fork_rng([], enabled=seed is not None):
         if seed is not None: torch.manual_seed(check_int(seed, "seed", 0))
-        shared = [[_he(nn.Conv2d(a, b, 3, padding=1)), _he(nn.Conv2d(b, b, 3, 2 if variant == "strided" else 1, 1))] for a, b in zip(channels, channels[1:])]
+        shared = [[he(nn.Conv2d(a, b, 3, padding=1)), he(nn.Conv2d(b, b, 3, 2 if variant == "strided" else 1, 1))] for a, b in zip(channels, channels[1:])]
         last = channels[-1]
         tail = [MLPConv2d(last, (last, last), 3, padding=1), AverageHead(last, n_classes)]
-        for conv in tail[0].layers[::2]: _he(conv)
-        more = [_he(nn.Conv2d(c, c, 3, 2 if variant == "all" else 1, 1)) for c in channels[1:]] if variant in ("convpool", "all") else []
+        he(tail[0])
+        more = [he(nn.Conv2d(c, c, 3, 2 if variant == "all" else 1, 1)) for c in channels[1:]] if variant in ("convpool", "all") else []
     stages = []
     for i, convolutions in enumerate(shared):
         for conv in convolutions + more[i:i + 1]: stages += [conv, nn.ReLU()]

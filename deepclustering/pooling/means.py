@@ -29,7 +29,7 @@ class _Segments(NamedTuple):
     "The rows with one label are a set."
     index: torch.Tensor # `(n,)` int64, checked
     k: int              # number of sets
-    def sums(self, *terms): return segment_sum(torch.stack(terms, -1), self.index, self.k, check=False).unbind(-1)
+    def sums(self, *terms): return segment_sum(torch.stack(terms, 1), self.index, self.k, check=False).unbind(1)
     def max(self, t): return segment_max(t, self.index, self.k, check=False)
     def each(self, s): return s.index_select(0, self.index)
 
