@@ -5,7 +5,7 @@ are imported from .whl/ if they lie in it. No network, no installation. The file
 
     python tools/gpu_check.py                every check on the GPU
     python tools/gpu_check.py --cpu          the same checks on the CPU with small sizes: is the program itself sound?
-    python tools/gpu_check.py segment lloyd  only checks whose name contains one of these; what the file says of the others stays
+    python tools/gpu_check.py segment lloyd  only checks whose name contains one of these, in this order; what the file says of the others stays
 
 A chapter adds its operators below: `@check(...)` over the call. `make` draws the inputs on the CPU; the same call on float64 copies on the
 CPU is the reference, unless `judge` measures the error of what came out in another way. An error above `tolerance` fails.
@@ -1203,7 +1203,8 @@ def main(arguments=None):
     limit = limits(not args.cpu)
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     device = "CPU" if args.cpu else torch.cuda.get_device_name()
-    chosen = [c for c in CHECKS if not args.names or any(n in c.name for n in args.names)]
+    chosen = [c for n in args.names or [""] for c in CHECKS if n in c.name]
+    chosen = list({c.name: c for c in chosen}.values())  # each once, in the order of the names
     kept = json.loads(out.read_text(encoding="utf-8")) if args.names and out.exists() else {"device": device, "checks": []}
     if kept["device"] != device: raise SystemExit(f"{out} holds checks of another device, {kept['device']}: give another --out")
     rows = {r["name"]: r for r in kept["checks"] if r["name"] not in {c.name for c in chosen}}
