@@ -37,7 +37,7 @@ def modules(package): return {m.name for m in iter_modules([str(ROOT / package.r
 
 def test_import_is_light():
     code = ("import sys, time, torch; before = set(sys.modules); start = time.process_time(); import deepclustering;"
-            "import deepclustering.core, deepclustering.clustering, deepclustering.pooling, deepclustering.moe; print(time.process_time() - start, *(set(sys.modules) - before))")
+            "import deepclustering.core, deepclustering.clustering, deepclustering.pooling, deepclustering.moe, deepclustering.kv, deepclustering.parallelism; print(time.process_time() - start, *(set(sys.modules) - before))")
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split() for _ in range(2)]
     assert min(float(r[0]) for r in runs) < 0.3
     heavy = {"triton", "transformers", "sklearn", "scipy", "matplotlib", "matplotlib.pyplot", "networkx", "faiss"}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("core", "clustering", "pooling", "moe", "kv", "parallel", "tool")
+FAMILIES = ("core", "clustering", "pooling", "moe", "kv", "parallelism", "tool")
 # Seconds that a family may cost in all, so that the whole command stays under 25 minutes on two cores. What counts is the processor's time, of
 # children too: a busy machine makes the clock run on, and a share that depends on the neighbours would say nothing about the family.
 SHARE = {"core": 330, **dict.fromkeys(FAMILIES[1:], 240), "clustering": 320, "kernels": 300, "site": 120, "house": 180, "tool": 120}
@@ -66,7 +66,7 @@ def module_families():
 def family_of(path):
     "The family that pays for a notebook or a test file; `house` for what belongs to none."
     if path.suffix == ".ipynb":
-        if path.parts[1] == "core" and path.stem[:1] == "3": return "kernels"  # what is compiled pays for itself
+        if path.stem.endswith("_triton") or (path.parts[1] == "core" and path.stem[:1] == "3"): return "kernels"  # what is compiled pays for itself
         if path.parts[1] in FAMILIES: return path.parts[1]
         return next((f for f in FAMILIES if path.stem.startswith(f)), "house")
     if path.stem in FAMILY_OF_TEST: return FAMILY_OF_TEST[path.stem]

@@ -242,7 +242,8 @@ def _ahead(kernel, floats, tile, since=80, **constants):
 
 _fetch, _deliver, _back = dict(GATHER=True, SCATTER=False, SCALE=False), dict(GATHER=False, SCATTER=True, SCALE=True), dict(GATHER=True, SCATTER=False, SCALE=False, stride_p=1, stride_q="i32:16")
 _half, _wide, _older, _walk, _single = (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 5), (64, 64, 32, 4, 2)
-AHEAD = [_ahead(_linear, "*bf16", _half, **_fetch), _ahead(_linear, "*bf16", _wide, 90, **_fetch), _ahead(_linear, "*bf16", _wide, 90, **_deliver), _ahead(_linear, "*bf16", _half, **_deliver), _ahead(_linear, "*bf16", _half, **_back), _ahead(_linear, "*fp16", _half, EVEN=False, **_fetch), _ahead(_linear, "*fp32", _single, 75, **_fetch),
+AHEAD = [_ahead(_linear, "*bf16", _half, **_fetch), _ahead(_linear, "*bf16", _half, **_deliver), _ahead(_linear, "*bf16", _half, **_back), _ahead(_linear, "*fp16", _half, EVEN=False, **_fetch), _ahead(_linear, "*fp32", _single, 75, **_fetch),
          _ahead(_gated, "*bf16", _half, 90), _ahead(_gated, "*bf16", _older), _ahead(_gated, "*fp32", _single, 75),
          _ahead(_outer, "*bf16", _walk, GATHER_A=False, GATHER_B=True), _ahead(_outer, "*bf16", _walk, GATHER_A=True, GATHER_B=False), _ahead(_outer, "*fp32", _single, 75, GATHER_A=False, GATHER_B=True),
-         _ahead(_gate_gradient, "*bf16", (4, 256, 0, 4, 3), 75), _ahead(_gate_gradient, "*fp32", (4, 256, 0, 4, 3), 75)]
+         _ahead(_gate_gradient, "*bf16", (4, 256, 0, 4, 3), 75), _ahead(_gate_gradient, "*fp32", (4, 256, 0, 4, 3), 75),
+         _ahead(_linear, "*bf16", _wide, 90, **_fetch), _ahead(_linear, "*bf16", _wide, 90, **_deliver)]

@@ -90,7 +90,7 @@ def fit(
 def predict(
     net,              # module in evaluation mode
     x,                # pictures `(n, ...)`
-    batch_size=256,   # pictures at a time; maps of more do not fit into a cache
+    batch_size=2048,  # pictures at a time
 ):
     "The class with the largest score, `(n,)`, on the CPU."
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
