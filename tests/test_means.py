@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from scipy import special, stats
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from deepclustering.pooling import (GGeM, GeMPool2d, GeneralizedConv, MessageNorm, NormPool, ResidualBlock, gem_pool2d, ggem, log_mean_exp, norm_pool, power_mean, power_mean_aggregation,
-                                    softmax_aggregation)
+from deepclustering.pooling import (GGeM, GeMPool2d, GeneralizedConv, LSEPool1d, LSEPool2d, LSEPool3d, MessageNorm, NormPool, ResidualBlock, gem_pool2d, ggem, log_mean_exp, lse_pool1d, lse_pool2d,
+                                    lse_pool3d, norm_pool, power_mean, power_mean_aggregation, replace_pooling, softmax_aggregation)
 
 EXPONENTS = (-math.inf, -40., -3., -1., -1e-3, -1e-8, 0., 1e-12, 1e-4, .3, 1., 2., 7.5, 300., math.inf)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -235,6 +235,112 @@ def test_groups():
     windows.load_state_dict(whole.state_dict())
 
 
+# --- LSE pooling --------------------------------------------------------------------------------------------------------
+
+def signed(*shape, seed=0, dtype=torch.float64): return (6 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+
+
+def unfolded(x, beta, K, s, p, d):
+    "LSE pooling by `F.unfold` and `torch.logsumexp`; what lies in the padding is -inf."
+    windows = F.unfold(F.pad(x, (p,) * 4, value=-math.inf), K, d, 0, s).unflatten(1, (x.shape[1], K * K))
+    y = ((beta * windows).logsumexp(2) - windows.isfinite().sum(2).to(x).log()) / beta
+    return y.unflatten(2, F.max_pool2d(x, K, s, p, d).shape[-2:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("K, s, p, d", ((2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 2), (1, 2, 0, 1), (4, 3, 2, 1)))
+def test_lse_against_unfold(K, s, p, d, seed):
+    x = signed(2, 3, 11, 8, seed=seed)
+    for beta in (.1, 1., 7.):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, want = lse_pool2d(a, K, beta, s, p, d), unfolded(b, beta, K, s, p, d)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        g = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed + 9), dtype=torch.float64)
+        torch.testing.assert_close(torch.autograd.grad(got, a, g)[0], torch.autograd.grad(want, b, g)[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(lse_pool2d(x + 1e3, K, beta, s, p, d), got + 1e3, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse_pool2d(x, K, math.inf, s, p, d), F.max_pool2d(x, K, s, p, d), rtol=0, atol=0)
+    torch.testing.assert_close(lse_pool2d(x, K, 1e4, s, p, d), F.max_pool2d(x, K, s, p, d), rtol=0, atol=math.log(K * K) / 1e4 + 1e-12)  # the bound, and rounding
+    if d == 1:
+        mean = F.avg_pool2d(x, K, s, p, count_include_pad=False)
+        for beta in (1e-9, 1e-300, torch.tensor(0.)): torch.testing.assert_close(lse_pool2d(x, K, beta, s, p), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse_pool2d(x, K, .5, s, p, d, True), lse_pool2d(x.mT, K, .5, s, p, d, True).mT)
+
+
+def test_lse_in_one_two_and_three_dimensions():
+    x = signed(2, 3, 4, 5, 7)
+    torch.testing.assert_close(lse_pool3d(x, (1, 2, 3), 2., (1, 1, 2), (0, 1, 1)), torch.stack([lse_pool2d(x[:, :, i], (2, 3), 2., (1, 2), 1) for i in range(4)], 2))
+    torch.testing.assert_close(lse_pool2d(x[0], (1, 3), 2., (1, 2)), lse_pool1d(x[0].flatten(0, 1), 3, 2., 2).unflatten(0, (3, 4)))
+    torch.testing.assert_close(lse_pool3d(x, (4, 5, 7), .3).flatten(), ((.3 * x).flatten(2).logsumexp(2) - math.log(140)).flatten() / .3)
+    for size in (0, 1): assert lse_pool2d(x[:size, 0], 2).shape == (size, 4, 2, 3)
+
+
+def test_lse_at_the_ends_of_every_dtype():
+    for dtype in (*DTYPES, torch.float64):
+        top = torch.finfo(dtype).max
+        x = torch.tensor([[top, top, -top, -top, top, -top, 0, 0]], dtype=dtype).requires_grad_()
+        for beta in (1., .01, 300.):
+            y = lse_pool1d(x, 2, beta)
+            below = torch.tensor(top - math.log(2) / beta, dtype=torch.float64).to(dtype).item()
+            assert y.dtype == dtype and y.isfinite().all() and y[0].tolist() == [top, -top, below, 0]
+            dx, = torch.autograd.grad(y.sum(), x)
+            assert dx[0].tolist() == [.5, .5, .5, .5, 1, 0, .5, .5]
+        z = signed(2, 3, 8, 8).to(dtype)
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        torch.testing.assert_close(lse_pool2d(z, 3, 2., 1, 1).double(), unfolded(z.double(), 2., 3, 1, 1, 1), rtol=torch.finfo(dtype).eps, atol=8 * eps)
+        torch.testing.assert_close(lse_pool2d(z.to(memory_format=torch.channels_last), 3), lse_pool2d(z, 3), rtol=0, atol=0)
+
+
+def test_lse_of_infinities_and_nan():
+    inf, nan = math.inf, math.nan
+    x = torch.tensor([[-inf, 2., -inf, -inf, inf, 1, nan, 1, 3, 3]], dtype=torch.float64).requires_grad_()
+    y = lse_pool1d(x, 2, 2.)
+    torch.testing.assert_close(y, torch.tensor([[2 - math.log(2) / 2, -inf, inf, nan, 3]], dtype=torch.float64), equal_nan=True)
+    for create in (False, True):
+        dx, = torch.autograd.grad(y.sum(), x, create_graph=create, retain_graph=True)
+        assert dx[0, [0, 1, 8, 9]].tolist() == [0, 1, .5, .5] and dx[0, :6].isfinite().all() and dx[0, 6].isnan()
+
+
+def test_lse_gradients():
+    x, beta = signed(1, 4, 4, 3, seed=1).requires_grad_(), torch.tensor([.7, 3.], dtype=torch.float64, requires_grad=True)
+    def f(x, b): return lse_pool2d(x / 6, 2, b, 1, 1)
+    assert gradcheck(f, (x, beta)) and gradgradcheck(f, (x, beta))
+    for b in (-2., 0., 1e-7, 1e-3, 1., 40.):                                                          # across the switch to the series
+        scalar = torch.tensor(b, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(f, (x, scalar)) and gradgradcheck(f, (x, scalar), atol=1e-4)
+    step = 1e-5                                                                                       # by hand, not by gradcheck
+    slope, = torch.autograd.grad(f(x, beta).sum(), x, create_graph=True)
+    second, = torch.autograd.grad(slope[0, 0, 1, 1], x)
+    moved = []
+    for sign in (1, -1):
+        other = x.detach().clone(); other[0, 0, 1, 2] += sign * step
+        moved.append(torch.autograd.grad(f(other.requires_grad_(), beta).sum(), other)[0][0, 0, 1, 1])
+    torch.testing.assert_close(second[0, 0, 1, 2], (moved[0] - moved[1]) / (2 * step), rtol=1e-6, atol=1e-9)
+    once, = torch.autograd.grad(f(x, beta).sum(), x)
+    torch.testing.assert_close(once, slope, rtol=1e-13, atol=0)                                       # both ways of the backward pass
+    window = signed(1, 9).requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(lse_pool1d(window, 9).sum(), window)[0], window.detach().softmax(1))
+    t = torch.tensor(math.inf, dtype=torch.float64, requires_grad=True)                               # also at the end of the curve
+    once, again = (torch.autograd.grad(log_mean_exp(x.flatten(1), t).sum(), (x, t), create_graph=c) for c in (False, True))
+    for a, b in zip(once, again): torch.testing.assert_close(a, b.detach(), rtol=0, atol=0)
+
+
+def test_lse_groups_and_layers():
+    x, beta = signed(2, 6, 5, 5), torch.tensor([.5, 4, 2], dtype=torch.float64)
+    torch.testing.assert_close(lse_pool2d(x, 2, beta), torch.cat([lse_pool2d(x[:, 2 * g:2 * g + 2], 2, float(beta[g])) for g in range(3)], 1))
+    torch.testing.assert_close(lse_pool2d(x[0], 2, beta), lse_pool2d(x, 2, beta)[0])
+    for layer, old, shape in ((LSEPool1d, nn.MaxPool1d, (2, 6, 9)), (LSEPool2d, nn.MaxPool2d, (2, 6, 9, 8)), (LSEPool3d, nn.MaxPool3d, (2, 6, 9, 8, 7))):
+        net = replace_pooling(nn.Sequential(old(3, 2, 1, ceil_mode=True)), old, layer)
+        z = signed(*shape, dtype=torch.float32)
+        y = net(z)
+        assert y.shape == old(3, 2, 1, ceil_mode=True)(z).shape
+        y.square().sum().backward()
+        assert net[0].beta.grad.isfinite().all() and net[0].beta.grad.abs().sum() > 0
+        one = layer(3, beta=2., groups=6, learn=False)
+        assert one.beta.tolist() == [2.] * 6 and not one.beta.requires_grad and "groups=6" in repr(one)
+        big = layer(3, beta=1e6, learn=False)(z)
+        torch.testing.assert_close(big, old(3)(z), rtol=0, atol=1e-4)
+
+
 # --- graphs -------------------------------------------------------------------------------------------------------------
 
 def test_norm_pool_by_its_definition():
@@ -270,6 +376,11 @@ def test_permuted_nodes_and_edges():
     (lambda: power_mean_aggregation(torch.tensor(1.), torch.tensor(0), 1.), "x must have one row"), (lambda: gem_pool2d(torch.ones(1, 3, 4, 4), torch.ones(2)), "divides the 3 channels"), (lambda: gem_pool2d(torch.ones(1, 1, 2, 2), 3., 5), "kernel_size must fit"),
     (lambda: GGeM(0), "groups must be at least 1"), (lambda: GeMPool2d(p=math.inf), "p must be a finite"), (lambda: ggem(torch.ones(1, 2, 3), mask=torch.ones(1, 2)), "mask must be Boolean"),
     (lambda: norm_pool(torch.ones(2, 1), torch.zeros(2, dtype=torch.int64), 0., 1), "p must not be 0"), (lambda: softmax_aggregation(torch.ones(2, 1), torch.zeros(3, dtype=torch.int64)), "index must have one label"),
+    (lambda: lse_pool2d(torch.ones(1, 2, 2, dtype=torch.int64), 2), "x must be a floating-point tensor"), (lambda: lse_pool2d(np.ones((1, 2, 2)), 2), "x must be a floating-point tensor"), (lambda: lse_pool3d(torch.ones(2, 2, 2), 2), "x must have 4 or 5"),
+    (lambda: lse_pool1d(torch.ones(1, 4), 2, 0), "beta must be a positive"), (lambda: lse_pool1d(torch.ones(1, 4), 2, math.nan), "beta must be a positive"), (lambda: lse_pool1d(torch.ones(1, 4), 2, True), "beta must be a positive"),
+    (lambda: lse_pool1d(torch.ones(1, 4), 2, torch.tensor(1j)), "beta must hold real"), (lambda: lse_pool1d(torch.ones(3, 4), 2, torch.ones(2)), "beta must be a number or a vector whose length divides the 3"), (lambda: lse_pool2d(torch.ones(1, 4, 4), (2, 2, 2)), "kernel_size must be a whole number or 2"),
+    (lambda: lse_pool2d(torch.ones(1, 4, 4), 2, padding=2), "padding must be at most half"), (lambda: lse_pool2d(torch.ones(1, 4, 4), 5), "kernel_size must fit"), (lambda: LSEPool2d(2, beta=0.), "beta must be positive"), (lambda: LSEPool2d(2, beta=math.inf), "beta must be a finite"),
+    (lambda: LSEPool2d(2, groups=0), "groups must be at least 1"), (lambda: LSEPool3d((2, 2)), "kernel_size must be a whole number or 3"),
     (lambda: GeneralizedConv(0), "dim must be at least 1"), (lambda: GeneralizedConv(2, "sum"), "aggregation must be"),
 ))
 def test_bad_input(call, says):

@@ -769,6 +769,8 @@ check("pooling.BlurPool2d bf16", a_map((32, 64, 112, 112), torch.bfloat16), _rou
 check("pooling.MaxBlurPool2d", a_map((32, 64, 112, 112)), 2e-6, halved)(pooled("MaxBlurPool2d"))
 check("pooling.MaxBlurPool2d circular", a_map((32, 64, 112, 112)), 2e-6, halved)(pooled("MaxBlurPool2d", pad_mode="circular"))
 check("pooling.SpectralPool2d", a_map((32, 64, 112, 112)), 4e-6, halved)(pooled("SpectralPool2d"))
+check("pooling.LSEPool2d", a_map((32, 64, 112, 112)), 2e-6, halved)(pooled("LSEPool2d", kernel_size=2, learn=False))
+check("pooling.LSEPool2d bf16", a_map((32, 64, 112, 112), torch.bfloat16), _round[torch.bfloat16], halved)(pooled("LSEPool2d", kernel_size=2, learn=False))
 
 
 # --- pooling.means ------------------------------------------------------------------------------------------------------
