@@ -271,7 +271,7 @@ def lse_pool2d(
     x,           # `(batch, channels, height, width)` or `(channels, height, width)`
     kernel_size, beta=1., stride=None, padding=0, dilation=1, ceil_mode=False, # as of `lse_pool1d`
 ):
-    "As `lse_pool1d` in two dimensions; `lse_pool3d`, `LSEPool1d` and `LSEPool3d` are as their neighbours."
+    "As `lse_pool1d` in two dimensions."
     return _lse_pool(x, 2, kernel_size, beta, stride, padding, dilation, ceil_mode)
 
 class LSEPool2d(_LSEPool):
@@ -287,9 +287,9 @@ def lse_pool3d(
     return _lse_pool(x, 3, kernel_size, beta, stride, padding, dilation, ceil_mode)
 
 class LSEPool1d(_LSEPool):
-    "`lse_pool1d` as a layer; takes the place of `nn.MaxPool1d`."
+    "As `LSEPool2d`."
     dims = 1
 
 class LSEPool3d(_LSEPool):
-    "`lse_pool3d` as a layer; takes the place of `nn.MaxPool3d`."
+    "As `LSEPool2d`."
     dims = 3
