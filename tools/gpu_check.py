@@ -1226,6 +1226,7 @@ def main(arguments=None):
         else:
             print(f"{c.name:46s} {float(row['error']):8.1e} {c.tolerance:8.1e} {row['ms']:9.3f} {row.get('kernel_ms', math.nan):9.3f} {row.get('floor_ms', math.nan):9.3f} {row.get('share_of_floor', math.nan):8.1%} "
                   f"{over_plain(row):>10s} {row.get('megabytes', math.nan):8.1f} {'yes' if row['repeatable'] else 'no'}{'' if row['ok'] else ' FAILED'}", flush=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()  # of the parallel checks
     failed = [c.name for c in chosen if not rows[c.name]["ok"]]
     print(f"\n{len(chosen) - len(failed)} of {len(chosen)} checks passed in {time.monotonic() - start:.0f} s: {out}")
     return 1 if failed or not chosen else 0
