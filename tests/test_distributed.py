@@ -91,7 +91,7 @@ def test_results_with_a_graph_numpy_and_odd_types():
 
 @pytest.mark.parametrize("value", [lambda: 1, threading.Lock(), (x for x in "ab")], ids=["lambda", "lock", "generator"])
 def test_what_cannot_be_returned_is_named(value):
-    with pytest.raises(RankError, match="a rank can return tensors.*cannot leave its process"): run(lambda r, w: value, 2)
+    with pytest.raises(RankError, match=r"^rank . of 2: TypeError: a rank can return tensors.*cannot leave its process"): run(lambda r, w: value, 2)
 
 
 def test_output_in_the_order_of_ranks(capsys):
@@ -138,7 +138,7 @@ def test_refused_where_forking_cannot_work(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(sys, "platform", "darwin")
         with pytest.raises(RuntimeError, match="Linux only, got darwin.*torchrun"): run(spread, 2)
-    with pytest.raises(RankError, match="already in one"): run(lambda r, w: run(spread, 2), 2)
+    with pytest.raises(RankError, match=r"^rank . of 2: RuntimeError: run starts a process group of its own, and this process is already in one"): run(lambda r, w: run(spread, 2), 2)
 
 
 # ---- failures
@@ -345,7 +345,7 @@ def test_a_long_backward_on_every_rank_is_no_deadlock():
     def work(rank, world):
         x = torch.rand(300, 300, requires_grad=True)
         y = x
-        for _ in range(200): y = (y @ x).clamp(0, 1)
+        for _ in range(600): y = (y @ x).clamp(0, 1)
         start = time.monotonic()
         y.sum().backward()
         return time.monotonic() - start

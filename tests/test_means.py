@@ -393,3 +393,9 @@ def test_gradients_reach_every_exponent():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), GeMPool2d(2, groups=4), nn.Conv2d(4, 8, 3), nn.ReLU(), GeMPool2d(groups=2), nn.Flatten(), nn.Linear(8, 2))
     net(torch.randn(5, 1, 12, 12)).square().sum().backward()
     assert all(q.grad.isfinite().all() and q.grad.abs().sum() > 0 for q in net.parameters())
+
+
+def test_one_number_in_a_tuple_is_for_both_dimensions():
+    "As in `lse_pool2d` and torch: not a pooling of the last dimension alone."
+    x = torch.rand(1, 2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + .1
+    for pool in (gem_pool2d, lse_pool2d): assert torch.equal(pool(x, kernel_size=(2,)), pool(x, kernel_size=2))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'VERDICTS', 'KEY', 'check_row', 'find_root', 'git_commit', 'device_name', 'row', 'read_ledger', 'record',
-           'resume_runs', 'Table', 'gpu_run', 'gpu_table']
+           'resume_runs', 'Table', 'gpu_results', 'gpu_table']
 
 # %% ../../nbs/core/05_ledger.ipynb #b7002717
 import json
@@ -203,18 +203,19 @@ class Table(list):
         lines = [list(self[0]), ["---"] * len(self[0]), *[[show(v) for v in row.values()] for row in self]] if self else []
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-def gpu_run(
-    path=None, # a file of `make gpu-check`; None: the one of this project
+def gpu_results(
+    name="gpu-check", # of the file in `results`: "gpu-check" is the last run, "gpu-check-first" the first, "gpu-profile" which kernels took how long, "gpu-tiles" how fast other tiles are
+    path=None,        # another file
 ):
-    "The last run that was kept: a dict with the device, the versions, the rates and a list of `checks`. Without a checkout, no checks."
-    path = Path(path) if path else find_root() / "results" / "gpu-check.json"
+    "What the file holds, a dict; without a checkout, no checks."
+    path = Path(path) if path else find_root() / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"device": None, "checks": []}
 
 def gpu_table(
     *names,    # beginnings of the checks' names, such as "lloyd."
-    path=None, # as for `gpu_run`
+    path=None, # as for `gpu_results`
 ):
     "A row for each check whose name begins so: milliseconds of a call, of the call in plain PyTorch, of the kernels in the call, of the floor."
     def ms(check, key): return f"{check[key]:.3f}" if isinstance(check.get(key), float) else check.get(key, "")
     keys = {"call": "ms", "in plain PyTorch": "plain_ms", "kernels": "kernel_ms", "floor": "floor_ms"}
-    return Table({"check": c["name"].partition(".")[2], **{title: ms(c, key) for title, key in keys.items()}} for c in gpu_run(path)["checks"] if c["name"].startswith(names))
+    return Table({"check": c["name"].partition(".")[2], **{title: ms(c, key) for title, key in keys.items()}} for c in gpu_results(path=path)["checks"] if c["name"].startswith(names))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .assign import _power_of_two
-from .kernels import dot, tensor_cores
+from .kernels import dot, splits_float32
 from .lloyd import sum_by_label
 from .operators import Unfit, launch
 
@@ -164,13 +164,10 @@ def _two_reads(
     moved,                      # move the points before they are added up, in a copy
 ):
     "As `_one_read`, by labels and `segment_sum`; the sums are of `x` itself unless `moved`."
-    (mean, matrix, _), (B, n, d) = form, x.shape
-    k = matrix.shape[1]
+    mean, matrix, _ = form
     labels, bad = _labels(x, form, split)
-    parts = max(1, 2**22 // max(1, B * k * max(d, 128)))                         # 32,768 slots, fewer if they are wide
-    slot = labels * parts + torch.arange(n, device=x.device) * parts // max(1, n)
-    S, W = sum_by_label(x.float() - mean[:, None] if moved else x.float(), slot, k * parts, weight)
-    return labels, S.view(B, k, parts, d).sum(2), W.view(B, k, parts).sum(2).masked_fill(bad[:, None], torch.nan)
+    S, W = sum_by_label(x.float() - mean[:, None] if moved else x.float(), labels, matrix.shape[1], weight)
+    return labels, S, W.masked_fill(bad[:, None], torch.nan)
 
 # %% ../../nbs/core/33_lloyd_triton.ipynb #4b29b75a
 def launch_label_and_sum(
@@ -178,13 +175,13 @@ def launch_label_and_sum(
     centers, # `(B, k, d)` float32
     weight,  # `(B, n)` or None
     moved,   # add up `x - m`, `m` the mean of a problem's centres
-    split=None, # products on tensor cores, see below; None: where there are any
+    split=None, # products on tensor cores, see below; None: from Hopper on
 ):
     """The kernels behind `core.lloyd.label_and_sum`: one read where all centres fit into a tile, else two. A problem with a NaN or an infinity gets a mass of NaN.
 
     Raises `Unfit` unless the centres are float32 and the points floating point."""
     if centers.dtype != torch.float32 or not x.is_floating_point(): raise Unfit(f"points in floating point and centres in float32, not {x.dtype} and {centers.dtype}")
-    split = tensor_cores(x) if split is None else split
+    split = splits_float32(x) if split is None else split
     form, fit = _score_form(centers), _tile(centers.shape[1], x.shape[-1], split)
     if fit is None: return _two_reads(x, form, weight, split, moved)
     labels, S, W = _one_read(x, form, weight, fit, split)
@@ -197,21 +194,21 @@ def launch_nearest(
 ):
     "The kernel behind `core.assign.nearest`: labels `(B, n)`, and a number that is NaN if a point is not finite. Raises `Unfit` as `launch_label_and_sum` does."
     if centers.dtype != torch.float32 or not points.is_floating_point(): raise Unfit(f"points in floating point and centres in float32, not {points.dtype} and {centers.dtype}")
-    labels, bad = _labels(points, _score_form(centers), tensor_cores(points))
+    labels, bad = _labels(points, _score_form(centers), splits_float32(points))
     return labels, torch.where(bad.any(), torch.nan, 0.)
 
 # %% ../../nbs/core/33_lloyd_triton.ipynb #5763c04d
 _floats = dict.fromkeys(("matrix", "bias", "mean"), "*fp32") | {"labels": "*i64", "x_b": "i64", "x_n": "i64", "x_d": 1} | dict.fromkeys(("n", "k", "d", "programs"), "i32")
 _sums = {"partial": "*fp32", "weight": "*fp32", "each": "i32", "w_b": "i64", "w_n": "i32"}
 
-def _ahead(x, centers, columns, split, weighted=False, since=80, **sizes):
+def _ahead(x, centers, columns, split, weighted=False, **sizes):
     "An entry of `AHEAD`: points of type `x`, and what else is a constant."
     fit = _tile(centers, columns, split)
     ROWS, K, D, last = fit or _label_tile(centers, split)
-    options = {"num_warps": last if fit else 4, "num_stages": 1 if fit else last, "since": since}
+    options = {"num_warps": last if fit else 4, "num_stages": 1 if fit else last, "since": 90 if split else 75}
     shape = {"x": x, "ROWS": ROWS, "K": K, "D": D, "SPLIT": split} | _floats
     return (_label_and_sum, shape | _sums | {"WEIGHTED": weighted} | sizes, options) if fit else (_label, shape | {"bad": "*i32"} | sizes, options)
 
-AHEAD = [_ahead("*fp32", 10, 16, False, since=75), _ahead("*fp32", 64, 128, False, since=75), _ahead("*fp32", 256, 64, False, since=75), _ahead("*fp16", 10, 784, False, since=75),
+AHEAD = [_ahead("*fp32", 10, 16, False), _ahead("*fp32", 64, 128, False), _ahead("*fp32", 256, 64, False), _ahead("*fp16", 10, 784, False),
          _ahead("*fp32", 64, 64, True), _ahead("*bf16", 64, 128, True, weighted=True), _ahead("*fp32", 256, 64, True), _ahead("*fp32", 10, 784, True),
          _ahead("*fp32", 1, 1, True, n=1, k=1, d=1, programs=1)]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernels import dot, tensor_cores
+from .kernels import dot, splits_float32
 from .operators import Unfit, launch
 
 # %% ../../nbs/core/34_transport_triton.ipynb #812a312a
@@ -70,10 +70,12 @@ def _tile(
     values, # is it for @eq-values?
 ):
     "The kernels' constants `ROWS`, `COLUMNS`, `FEATURES`, `WHOLE` and `SPLIT`, and warps."
-    if not tensor_cores(x): return (64, 32, 16, False, False, 8) if values else (64, 64, 16, False, False, 8)
-    features, short = max(16, triton.next_power_of_2(x.shape[-1])), x.element_size() == 2
-    if features > (128 if short else 64): return (64, 32, 32, False, True, 4) if values else (128, 64, 32, False, True, 8)
-    return (64, 16, features, True, True, 4) if values and features > 64 else (128, 64, features, True, True, 8)
+    split, short = splits_float32(x), x.element_size() == 2 and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 8)
+    if not (split or short): return (64, 32, 16, False, False, 8) if values else (64, 64, 16, False, False, 8)
+    features = max(16, triton.next_power_of_2(x.shape[-1]))
+    if features > (128 if short else 64): return (64, 32, 32, False, split, 4) if values else (128, 64, 32, False, split, 8)
+    if values and (features > 64 or not split): return 64, 32 if features <= 64 else 16, features, True, split, 4
+    return 128, 64, features, True, split, 8
 
 def _share(
     programs, # that there are without shares
@@ -168,5 +170,7 @@ def _ahead(kernel, dtype, tile, since, more):
     constants = dict(zip(("ROWS", "COLUMNS", "FEATURES", "WHOLE", "SPLIT"), tile))
     return kernel, _types | {"x": dtype, "y": dtype} | constants | more, {"num_warps": tile[5], "num_stages": 3, "since": since}
 
-AHEAD = [_ahead(_logsumexp_product, "*fp32", (64, 64, 16, False, False, 8), 75, {}), _ahead(_logsumexp_product, "*fp32", (128, 64, 64, True, True, 8), 80, {}), _ahead(_logsumexp_product, "*bf16", (128, 64, 64, True, True, 8), 80, {}),
-         _ahead(_sumexp_product, "*fp32", (64, 32, 16, False, False, 8), 75, _values), _ahead(_sumexp_product, "*fp32", (128, 64, 64, True, True, 8), 80, _values), _ahead(_sumexp_product, "*bf16", (128, 64, 64, True, True, 8), 80, _values)]
+AHEAD = [_ahead(_logsumexp_product, "*fp32", (64, 64, 16, False, False, 8), 75, {}), _ahead(_logsumexp_product, "*fp32", (128, 64, 64, True, True, 8), 90, {}),
+         _ahead(_logsumexp_product, "*bf16", (128, 64, 64, True, False, 8), 80, {}), _ahead(_logsumexp_product, "*bf16", (128, 64, 64, True, True, 8), 90, {}),
+         _ahead(_sumexp_product, "*fp32", (64, 32, 16, False, False, 8), 75, _values), _ahead(_sumexp_product, "*fp32", (128, 64, 64, True, True, 8), 90, _values),
+         _ahead(_sumexp_product, "*bf16", (64, 32, 64, True, False, 4), 80, _values), _ahead(_sumexp_product, "*bf16", (128, 64, 64, True, True, 8), 90, _values)]

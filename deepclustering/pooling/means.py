@@ -207,7 +207,8 @@ def gem_pool2d(
     p = _by_channel(p, x.shape[-3])
     if kernel_size is None: return power_mean(x, p, (-2, -1), eps=eps, keepdim=True)
     if isinstance(p, torch.Tensor) and p.dim(): p = p[:, None, None]
-    values, inside = gather_windows(x, kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size,) * 2, stride, padding, dilation, ceil_mode)
+    grid = window_grid(x.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
+    values, inside = gather_windows(x, *grid[:4], ceil_mode)
     return power_mean(values, p, weights=inside, eps=eps)
 
 class GeMPool2d(nn.Module):
