@@ -66,7 +66,7 @@ def module_families():
 def family_of(path):
     "The family that pays for a notebook or a test file; `house` for what belongs to none."
     if path.suffix == ".ipynb":
-        if path.stem.endswith("_triton") or (path.parts[1] == "core" and path.stem[:1] == "3"): return "kernels"  # what is compiled pays for itself
+        if path.parts[1] == "core" and path.stem[:1] == "3": return "kernels"  # what is compiled pays for itself
         if path.parts[1] in FAMILIES: return path.parts[1]
         return next((f for f in FAMILIES if path.stem.startswith(f)), "house")
     if path.stem in FAMILY_OF_TEST: return FAMILY_OF_TEST[path.stem]
