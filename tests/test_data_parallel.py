@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deepclustering.core.distributed import RankError, check_parity, count_bytes, ring_bytes, run
 from deepclustering.core.tinylm import TinyLM
-from deepclustering.parallelism.data import (GradientBuckets, average_gradients, broadcast_state, check_same_layout, exhibit, overlap_timeline, plan_buckets, ring_all_gather,
+from deepclustering.parallelism.data import (GradientBuckets, average_gradients, broadcast_state, check_same_layout, overlap_timeline, plan_buckets, ring_all_gather,
                                              ring_reduce_scatter, ring_seconds, total_items)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked")
@@ -260,10 +260,3 @@ def test_a_rank_that_dies_in_backward():
             hidden = model[:2](torch.ones(1, 5).double())
             model[2:](Fails.apply(hidden) if rank == 1 else hidden).sum().backward()
     with pytest.raises(RankError, match="^rank 1 of 3: ZeroDivisionError: in backward"): run(work, 3, timeout=30)
-
-
-def test_exhibit_demands_both():
-    good, bad = (lambda r, w: torch.ones(1)), (lambda r, w: torch.zeros(1))
-    assert exhibit("x", bad, good, lambda: torch.ones(1))["bug"] == "x"
-    with pytest.raises(AssertionError, match="world 2"): exhibit("x", bad, bad, lambda: torch.ones(1))
-    with pytest.raises(AssertionError, match="did not flag"): exhibit("x", good, good, lambda: torch.ones(1))

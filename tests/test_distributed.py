@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from deepclustering.core import distributed
-from deepclustering.core.distributed import DeadlockError, Message, RankError, Traffic, check_parity, count_bytes, ring_bytes, run
+from deepclustering.core.distributed import DeadlockError, Message, RankError, Traffic, check_parity, count_bytes, exhibit, ring_bytes, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked")
 QUICK = 0.5  # patience of the tests that need not wait for the default
@@ -513,3 +513,10 @@ def test_parity_of_the_engines_data_parallelism():
         ((net(X.tensor_split(world)[rank]) - y.tensor_split(world)[rank]) ** 2).mean().backward()
         return {n.removeprefix("module."): p.grad for n, p in net.named_parameters()}
     assert max(row["max error"] for row in check_parity(parallel, reference)) < 1e-14
+
+
+def test_exhibit_demands_both():
+    good, bad = (lambda r, w: torch.ones(1)), (lambda r, w: torch.zeros(1))
+    assert exhibit("x", bad, good, lambda: torch.ones(1))["bug"] == "x"
+    with pytest.raises(AssertionError, match="world 2"): exhibit("x", bad, bad, lambda: torch.ones(1))
+    with pytest.raises(AssertionError, match="did not flag"): exhibit("x", good, good, lambda: torch.ones(1))

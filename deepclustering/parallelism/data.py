@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_same_layout', 'total_items', 'average_gradients', 'ring_reduce_scatter', 'ring_all_gather', 'plan_buckets',
-           'GradientBuckets', 'ring_seconds', 'overlap_timeline', 'exhibit', 'broadcast_state']
+           'GradientBuckets', 'ring_seconds', 'overlap_timeline', 'broadcast_state']
 
 # %% ../../nbs/parallelism/01_data_parallel.ipynb #8340f67e
 import zlib
@@ -179,20 +179,6 @@ def overlap_timeline(
     return passes, messages
 
 # %% ../../nbs/parallelism/01_data_parallel.ipynb #d2e4d834
-def exhibit(
-    bug,       # its name
-    wrong,     # `wrong(rank, world)`, as `check_parity` takes it
-    right,     # `right(rank, world)`
-    reference, # `reference()`
-    world=2,   # number of ranks
-    tolerance=1e-12, # as `check_parity` takes it
-):
-    "A row for the museum: the bug and what `check_parity` said. `AssertionError` if the right version fails, or the wrong one passes."
-    check_parity(right, reference, (world,), tolerance)
-    try: check_parity(wrong, reference, (world,), tolerance)
-    except AssertionError as error: return {"bug": bug, "flagged": str(error)}
-    raise AssertionError(f"{bug}: check_parity did not flag the wrong version")
-
 def broadcast_state(
     module,     # its parameters and buffers are overwritten, but on `source`
     source=0,   # rank within the group
