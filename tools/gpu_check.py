@@ -661,6 +661,29 @@ def dense_and_gradients(x, up, down, experts, weights):
     return y.detach(), *torch.autograd.grad(y, leaves, x.detach())
 
 
+# --- deep clustering ----------------------------------------------------------------------------------------------------
+
+def unit_pixels(generator, big): return (torch.rand(20_000 if big else 300, 64, generator=generator),)
+
+
+@check("autoencoder.pretrain_layers codes", unit_pixels, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.autoencoder import encode_all, pretrain_layers
+    from deepclustering.core.models import MLPAutoencoder
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        net = MLPAutoencoder(64, (32, 16, 4)).to(x)
+    pretrain_layers(net, x, 0., 2, batch_size=1024, seed=0, device=x.device, progress=False)
+    return encode_all(net, x)
+
+
+@check("clustering.AutoencoderKMeans predict", unit_pixels, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.autoencoder import AutoencoderKMeans
+    model = AutoencoderKMeans(5, widths=(32, 16, 4), pretrain_epochs=6, n_init=3, random_state=0, progress=False).fit(x)
+    return (model.predict(x) == model.labels_).double().mean()[None]
+
+
 # --- pooling.windows ----------------------------------------------------------------------------------------------------
 
 def a_map(shape, dtype=torch.float32, last=False, window=2, gradient=False, mean=0.):
@@ -997,6 +1020,49 @@ def _(kv, q, stays):
     return several, one, lse, turned, cache.crop(-3).attend(q[:, :, :1])
 
 
+def packed(nbits, dtype, H=8, G=4, D=128):
+    "A step's query, the pages of keys and of values, the window."
+    def make(generator, big):
+        from deepclustering.kv.quantised import QuantisedCache
+        c = QuantisedCache(nbits).append(*torch.randn(2, 1, H, 131_072 if big else 512, D, generator=generator).to(dtype))
+        return torch.randn(1, G * H, 1, D, generator=generator).to(dtype), *(t[:, :c.pages].clone() for store in c.stores for t in store), *(r[:, :c.window].clone() for r in c.recent)
+    return make
+
+
+def look_packed(nbits):
+    def call(q, *held):
+        from deepclustering.kv.quantised import QuantisedCache
+        c, k = QuantisedCache(nbits), len(held) // 2 - 1
+        c.batch, c.pages, c.window, c.stores, c.recent = 1, held[0].shape[1], held[-1].shape[1], [list(held[:k]), list(held[k:2 * k])], list(held[2 * k:])
+        return c.attend(q)
+    return call
+
+
+def packed_cost(q, *held): return sum(map(size, (q, *held))), 4 * q.shape[1] * q.shape[3] * (held[0].shape[1] * 64 + held[-1].shape[1])
+
+
+for _nbits in (2, 3, 4):
+    for _dtype, _tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)): check(f"kv.quantised {_nbits} bits {str(_dtype)[6:]}", packed(_nbits, _dtype), _tolerance, packed_cost, plain=True)(look_packed(_nbits))
+
+
+def cached_tokens(generator, big):
+    B, H, G, T, D = (4, 8, 4, 1024, 64) if big else (2, 2, 2, 48, 8)
+    return torch.randn(B, G * H, T, D, generator=generator), torch.randn(2, B, H, T, D, generator=generator)
+
+
+@check("kv.eviction scores", cached_tokens, 2e-5, lambda q, kv: (size(q) + size(kv), 0))
+def _(q, kv):
+    from deepclustering.core.tinylm import State, attention_weights
+    from deepclustering.kv.eviction import H2O, TOVA, EvictingCache, ExpectedAttention, KeyDiff, SnapKV
+    at = torch.arange(q.shape[2], device=q.device)
+    slots = at.expand(kv.shape[1], kv.shape[2], -1)
+    state = State(q, *kv, slots, attention_weights(q, kv[0], (at <= at[:, None])[None, None]))
+    scores = [m.score(state).nan_to_num(posinf=1e3) for m in (H2O, TOVA, SnapKV, ExpectedAttention, KeyDiff)]
+    cache = EvictingCache(KeyDiff, 12)
+    for part in at.split(-(-len(at) // 4)): cache.update(0, kv[0][:, :, part], kv[1][:, :, part], slots[:, :, part], queries=q[:, :, part])
+    return *scores, cache.stored.float()                     # masks may differ where scores nearly tie: scores are compared
+
+
 # --- parallelism --------------------------------------------------------------------------------------------------------
 
 def mlp(generator, big):
@@ -1041,6 +1107,63 @@ def zero_step(stage):
 
 
 for stage in (1, 2, 3): check(f"parallelism.ZeRO stage {stage}", mlp, 1e-5, step_cost)(zero_step(stage))
+
+
+def cut_layers(sequence):
+    def call(x, *weights):
+        from deepclustering.parallelism.tensor import ColumnParallel, RowParallel, copy_to, gather_from, reduce_from, scatter_to, vocab_parallel_cross_entropy
+        up, down, head = on_one_rank(x, weights)
+        enter, leave = (lambda t: gather_from(t, dim=0), lambda t, group: scatter_to(t, group, 0)) if sequence else (copy_to, reduce_from)
+        layers = ColumnParallel(up), RowParallel(down, leave=leave), ColumnParallel(head)
+        x = x.clone().requires_grad_()
+        h = layers[1](layers[0](enter(x)).tanh())
+        loss = vocab_parallel_cross_entropy(layers[2](enter(h)), torch.arange(len(x), device=x.device) % len(weights[2]))
+        loss.backward()
+        return loss.detach(), x.grad, *(m.weight.grad for m in layers)
+    return call
+
+
+for form in (False, True): check(f"parallelism.tensor layers and loss{', cut by tokens' if form else ''}", mlp, 1e-5, step_cost)(cut_layers(form))
+
+
+@check("parallelism.box", mlp, 0, step_cost)
+def _(x, *weights):
+    from deepclustering.parallelism.signatures import all_signatures, box
+    on_one_rank(x, weights)
+    return tuple(box(x, s, t) for s in all_signatures(2) for t in all_signatures(2))
+
+
+def contrastive_loss(x, y):
+    from deepclustering.parallelism.contrastive import contrastive_losses
+    wide = torch.promote_types(x.dtype, torch.float32)
+    leaves = [*(t.detach().requires_grad_() for t in (x, y)), torch.tensor(20., dtype=wide, device=x.device, requires_grad=True)]
+    losses = contrastive_losses(*leaves)
+    return losses.detach(), *torch.autograd.grad(losses.sum(), leaves)
+
+
+def on_the_device(output, inputs, call):
+    "As `relative`, the reference in float64 blocks on the same device: 65,536 pairs would take the CPU minutes."
+    worst = 0.
+    for got, want in zip(output, call(*(t.to(output[0].device).double() for t in inputs))):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        worst = max(worst, float(error.nan_to_num(math.inf)))
+    return worst
+
+
+def contrastive_cost(x, y): return 3 * (size(x) + size(y)), 8 * len(x) * len(y) * x.shape[1]
+
+
+def pairs_of(n, d, dtype):
+    make = unit_features(n, n, d, dtype)
+    def both(generator, big):
+        x, y = make(generator, big)
+        return x[:len(y)], y
+    return both
+
+
+for _name, _dtype, _eps in (("fp32", torch.float32, 5e-5), ("fp16", torch.float16, 2e-3), ("bf16", torch.bfloat16, 1e-2)):
+    check(f"contrastive.losses {_name}", pairs_of(8_192, 512, _dtype), _eps, contrastive_cost)(contrastive_loss)
+check("contrastive.losses 65,536 pairs bf16", pairs_of(65_536, 512, torch.bfloat16), 1e-2, contrastive_cost, on_the_device)(contrastive_loss)
 
 
 # --- running them -------------------------------------------------------------------------------------------------------

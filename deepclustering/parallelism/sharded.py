@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.checks import check_int
-from ..core.distributed import ring_bytes
+from ..core.distributed import all_gather_single, reduce_scatter_single, ring_bytes
 from .data import broadcast_state, total_items
 
 # %% ../../nbs/parallelism/01b_sharded.ipynb #d92db902
@@ -64,7 +64,7 @@ class _Unit:
         "Fill the vector, if it is empty."
         if self.flat.untyped_storage().nbytes(): return
         self.flat.untyped_storage().resize_(self.flat.nbytes)
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(self.flat, self.chunk, group=self.group)  # the old name warns
+        all_gather_single(self.flat, self.chunk, group=self.group)
         self.show()
 
     def free(self):
@@ -76,7 +76,7 @@ class _Unit:
         "Sum the gradients over ranks, keep this rank's chunk of the sum and drop the rest."
         full = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters), self.pad])
         mine = torch.empty_like(self.chunk)
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(mine, full, group=self.group)
+        reduce_scatter_single(mine, full, group=self.group)
         self.grad = mine if self.grad is None else self.grad + mine
         for p in self.parameters: p.grad = None
 
@@ -140,7 +140,7 @@ class ZeRO:
             u.chunk.copy_(own)
             u.grad = own.grad = None
             if self.stage == 3: u.free()
-            else: getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(u.flat, u.chunk.clone(), group=self.group)
+            else: all_gather_single(u.flat, u.chunk.clone(), group=self.group)
         return norm
 
     @contextmanager

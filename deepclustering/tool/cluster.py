@@ -31,7 +31,7 @@ from .read import all_equal, read_items
 
 # %% ../../nbs/tool/02_cluster.ipynb #12bb7ac9
 COUNTS = ("n_clusters", "n_components")  # what estimators call k
-SLOW = ("SDPKMeans", "LikelihoodAdjustedSDP")  # seconds to minutes for hundreds of items: not fitted again and again to choose k or to see how stable it is
+SLOW = ("SDPKMeans", "LikelihoodAdjustedSDP", "AutoencoderKMeans")  # seconds to minutes for hundreds of items: not fitted again and again to choose k or to see how stable it is
 
 def clusterers():
     "Dict from name in small letters to class, of every clusterer that takes a number of clusters."
@@ -236,6 +236,10 @@ def save_model(
     params = {k: v for k, v in estimator.get_params(deep=False).items() if isinstance(v, (str, int, float, bool, type(None)))}
     meta = {"method": type(estimator).__name__, "params": params, "recipe": recipe, "version": __version__,
             "fitted": {k: v for k, v in state.items() if v is None or isinstance(v, (int, float, str)) and not isinstance(v, bool)}}
+    if (net := getattr(estimator, "encoder_", None)) is not None:
+        from deepclustering.core.models import model_spec
+        meta["encoder"] = model_spec(net)
+        tensors |= {f"encoder.{k}": np.ascontiguousarray(v.detach().cpu().numpy()) for k, v in net.state_dict().items()}
     X = np.asarray(items.X[:100])
     with replacing(path) as temporary:
         save_file(tensors | {"rank": rank.astype(np.int64)}, temporary, {"format": FORMAT, "model": json.dumps(meta)})
@@ -255,6 +259,11 @@ def load_model(
         meta = json.loads(meta["model"])
         estimator = find_clusterer(meta["method"])(**meta["params"])
         for k, v in (meta["fitted"] | {k.removeprefix("fitted."): v for k, v in tensors.items() if k.startswith("fitted.")}).items(): setattr(estimator, k, v)
+        if "encoder" in meta:
+            import torch
+            from deepclustering.core.models import build_model
+            estimator.encoder_ = build_model(meta["encoder"])
+            estimator.encoder_.load_state_dict({k.removeprefix("encoder."): torch.from_numpy(v) for k, v in tensors.items() if k.startswith("encoder.")}, assign=True)
         recipe, rank = meta["recipe"] | {k.removeprefix("recipe."): v for k, v in tensors.items() if k.startswith("recipe.")}, tensors["rank"]
     except (SafetensorError, ValueError, KeyError, TypeError) as e: raise ValueError(f"MODEL must be a file that `cluster --save` wrote, and {path} is not: {e}") from e
     if "vocabulary" in tensors: recipe["vocabulary"] = tensors["vocabulary"].tobytes().decode().split("\n")
