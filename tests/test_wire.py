@@ -1,4 +1,7 @@
 """The ledger against the kernel's counters, on a world and sizes that the notebook does not try, and ledgers that cannot be turned into bytes."""
+import shutil
+import subprocess
+
 import pytest
 
 from deepclustering.core.distributed import Message, Traffic, ring_bytes
@@ -24,8 +27,8 @@ MIXED = """
 
 
 def test_a_mixed_ledger_is_what_the_kernel_counts():
-    try: ranks = in_own_network(MIXED)
-    except PermissionError as reason: pytest.skip(str(reason))
+    if not shutil.which("unshare") or subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True).returncode: pytest.skip("this system gives nobody a network of its own")
+    ranks = in_own_network(MIXED)
     expected = ledger_bytes([Traffic(Message(*m) for m in t) for _, t in ranks])
     x, part = 4 * (2**20 + 7), 4 * (2**19 + 3)
     assert expected == pytest.approx(8 * x + 20 * part + 4 * x + 4 * part + x)  # by hand: all-reduce, all-gather, broadcast, scatter, send
