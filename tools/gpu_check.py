@@ -1063,6 +1063,22 @@ def _(q, kv):
     return *scores, cache.stored.float()                     # masks may differ where scores nearly tie: scores are compared
 
 
+@check("kv.standins evaluate", lambda generator, big: (torch.zeros(1),), 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.core.tinylm import TinyLM, needles
+    from deepclustering.kv.standins import StandIn, evaluate, is_first, is_value, needle_rows, with_outliers, with_sink
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        model = TinyLM(256).eval()
+    out, rows = [], needles(torch.Generator().manual_seed(0), 8)[0]
+    for variant in (model, with_outliers(model), with_sink(model, rows)):
+        s = StandIn("untrained", variant, needle_rows, is_value, {}, "bits")
+        context = needle_rows(torch.Generator().manual_seed(1), 16)[0].to(x.device)
+        stays = (is_value(context) | is_first(context)).unsqueeze(1)
+        out += [evaluate(s, keep, 16, 1, device=x.device) for keep in (None, lambda states: [stays] * 2)]
+    return torch.stack(out)
+
+
 # --- parallelism --------------------------------------------------------------------------------------------------------
 
 def mlp(generator, big):
