@@ -198,3 +198,10 @@ def test_best_against_sorting():
     for b, h in itertools.product(range(4), range(3)):
         real = [i for i in range(17) if scores[b, h, i] > -torch.inf]
         assert mask[b, h].nonzero()[:, 0].tolist() == sorted(sorted(real, key=lambda i: (-scores[b, h, i], i))[:counts[b, h]])
+
+
+def test_every_method_is_a_name_of_the_family():
+    "Methods are constants, which the package's index does not hold: `kv/__init__.py` names them."
+    for name, method in METHODS.items():
+        names = [n for n in dir(deepclustering.kv) if getattr(deepclustering.kv, n) is method]
+        assert len(names) == 1, f"{name}: {names}"

@@ -684,6 +684,36 @@ def _(x):
     return (model.predict(x) == model.labels_).double().mean()[None]
 
 
+def codes_and_centers(generator, big):
+    n, k, d = (200_000, 64, 16) if big else (300, 5, 4)
+    return 3 * torch.randn(n, d, generator=generator), 3 * torch.randn(k, d, generator=generator)
+
+
+@check("dec.target_distribution and gradients", codes_and_centers, 1e-3, lambda z, c: (0, 0))
+def _(z, c):
+    from deepclustering.clustering.dec import divergence, target_distribution
+    from deepclustering.core.assign import student_t
+    z, c = z.clone().requires_grad_(), c.clone().requires_grad_()
+    q = student_t(z, c)
+    p = target_distribution(q)
+    return p, *torch.autograd.grad(len(z) * divergence(p, q), (z, c))
+
+
+def one_step(kind):
+    def call(x):
+        import deepclustering.clustering.dec as dec
+        from deepclustering.core.models import MLPAutoencoder
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
+            net = MLPAutoencoder(64, (32, 16, 4))
+        model = getattr(dec, kind)(5, encoder=net, pretrain="none", batch_size=1 << 20, update_interval=1, max_iter=1, n_init=3, random_state=0, progress=False).fit(x)
+        return torch.as_tensor((model.predict(x) == model.labels_).double().mean())[None], torch.tensor([float(model.report_.active)])
+    return call
+
+
+for kind in ("DEC", "IDEC", "DCN"): check(f"clustering.{kind} predict", unit_pixels, 1e-3, lambda x: (0, 0))(one_step(kind))
+
+
 # --- pooling.windows ----------------------------------------------------------------------------------------------------
 
 def a_map(shape, dtype=torch.float32, last=False, window=2, gradient=False, mean=0.):
@@ -1079,6 +1109,37 @@ def _(x):
     return torch.stack(out)
 
 
+def slot_scores(generator, big):
+    L, B, H, T = (6, 4, 8, 1024) if big else (6, 2, 2, 48)
+    return torch.rand(L, B, H, T, generator=generator) ** (1 + 3 * torch.rand(L, B, H, 1, generator=generator)), torch.rand(L, B, generator=generator)
+
+
+@check("kv.budgets", slot_scores, 0, lambda scores, similarity: (size(scores), 0))
+def _(scores, similarity):
+    from functools import partial
+    from deepclustering.kv.budgets import adakv, by_entropy, pyramid, squeeze
+    counts = torch.full(scores.shape[:3], scores.shape[3] // 4, device=scores.device)
+    return torch.stack([allocate(list(scores), counts) for allocate in (adakv, pyramid, by_entropy, partial(squeeze, similarity=similarity))]).float()
+
+
+@check("kv.stages", cached_tokens, 2e-5, lambda q, kv: (size(q) + size(kv), 0))
+def _(q, kv):
+    from deepclustering.core.tinylm import State, TinyLM, attention_weights
+    from deepclustering.kv.stages import ScopeCache, dynamic_budgets, pivotal_score, pyramid_prefill
+    at = torch.arange(q.shape[2], device=q.device)
+    slots = at.expand(kv.shape[1], kv.shape[2], -1)
+    votes = pivotal_score(State(q, *kv, slots, attention_weights(q, kv[0], (at <= at[:, None])[None, None]))).nan_to_num(posinf=1e3)
+    coarse = [(10 * part).round() for part in kv[..., 0]]    # whole numbers: ties fall to the same slot everywhere
+    budgets, peak = dynamic_budgets(coarse, torch.full((2, *slots.shape[:2]), 9, device=q.device), every=1, return_peak=True)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        model = TinyLM(13, dim=16, depth=3, std=.3).double().to(q.device).eval()
+    words, cache = (100 * kv[0, :, 0, :40, 0]).abs().long() % 13, ScopeCache(3, 3, "discontinuous", 2)
+    logits, lengths = pyramid_prefill(model, words[:, :30], [1, .6, .3], cache)
+    with torch.no_grad(): last = torch.cat([model(word, cache) for word in words[:, 30:].split(1, 1)], 1)
+    return votes, budgets.float(), peak.float(), logits, last, lengths.float(), cache.stored.float()
+
+
 # --- parallelism --------------------------------------------------------------------------------------------------------
 
 def mlp(generator, big):
@@ -1123,6 +1184,40 @@ def zero_step(stage):
 
 
 for stage in (1, 2, 3): check(f"parallelism.ZeRO stage {stage}", mlp, 1e-5, step_cost)(zero_step(stage))
+
+
+def layerwise_steps(name, **settings):
+    def call(x, *weights):
+        from deepclustering.parallelism import large_batch
+        model = on_one_rank(x, weights)
+        optimizer = getattr(large_batch, name)(model.parameters(), **settings)
+        for part in x.tensor_split(3):
+            optimizer.zero_grad()
+            model(part).square().mean().backward()
+            optimizer.step()
+        return tuple(p.detach() for p in model.parameters())
+    return call
+
+
+check("parallelism.LARS three steps", mlp, 1e-5, step_cost)(layerwise_steps("LARS", lr=1., weight_decay=1e-3, trust_coefficient=0.01))
+check("parallelism.LAMB three steps", mlp, 1e-4, step_cost)(layerwise_steps("LAMB", lr=0.01, eps=1e-3))  # a small eps turns rounding of tiny gradients into signs
+
+
+@check("parallelism.Compression", mlp, 1e-4, step_cost)
+def _(x, *weights):
+    from deepclustering.parallelism.compress import QSGD, Cast, Compression, PowerSGD, TopK, pack_bits, unpack_bits
+    on_one_rank(x, weights)
+    out, keys = [], list(range(len(weights)))
+    for c in (TopK(0.1), PowerSGD(2), Cast()):
+        state = Compression(c)
+        for scatter in (False, True): out += state.mean(keys, [w.float() for w in weights], scatter)
+    numbers = torch.arange(1000, device=x.device) % 32
+    out.append(unpack_bits(pack_bits(numbers, 5), 5, 1000))
+    out += [c.error(weights[0]) for c in (TopK(0.1), QSGD(4), PowerSGD(2), Cast())]
+    w = weights[0].float()
+    back = QSGD(12).decode(QSGD(12).encode(w, torch.Generator(w.device).manual_seed(0)), w)
+    out.append(((back - w).abs().max() < w.abs().max() * 0.02).float())   # other noise on another device: a bound instead
+    return tuple(out)
 
 
 def cut_layers(sequence):

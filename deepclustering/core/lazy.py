@@ -22,14 +22,16 @@ def exported_names(
 
 # %% ../../nbs/core/00_lazy.ipynb #b229b02c
 def attach(
-    package, # the caller's `__name__`
+    package,     # the caller's `__name__`
+    **constants, # a module of the package = names in it that are neither function nor class, which the index does not hold
 ):
     """Return `__getattr__`, `__dir__` and `__all__` for a package whose names are imported on first use.
 
     Unknown names raise `AttributeError`, as for any module."""
     paths = import_module(package).__path__
     modules = {m.name for m in iter_modules(paths) if not m.name.startswith("_")}
-    symbols = {n: m for n, m in exported_names(package).items() if n not in modules}
+    known = exported_names(package) | {name: f"{package}.{module}" for module, names in constants.items() for name in names}
+    symbols = {n: m for n, m in known.items() if n not in modules}
 
     def __getattr__(name):
         if name in modules: return import_module(f"{package}.{name}")

@@ -108,8 +108,9 @@ class Method:
         counts,            # as in `uniform`
     ):
         "The same from scores that are there."
-        counts = self.allocate([protect(s, p) for s, p in zip(scores, positions)], counts)
-        def newest(m): return self.recent if isinstance(self.recent, numbers.Integral) else kept_slots(m, self.recent)
+        whole = isinstance(self.recent, numbers.Integral)                              # a share of a budget is not known before the budget is
+        counts = self.allocate([protect(s, p, self.sinks, self.recent if whole else 0) for s, p in zip(scores, positions)], counts)
+        def newest(m): return self.recent if whole else kept_slots(m, self.recent)
         return [keep_best(protect(s, p, self.sinks, newest(m)), m) for s, p, m in zip(scores, positions, counts)]
 
 # %% ../../nbs/kv/04_eviction.ipynb #b9ed3771

@@ -31,7 +31,7 @@ from .read import all_equal, read_items
 
 # %% ../../nbs/tool/02_cluster.ipynb #12bb7ac9
 COUNTS = ("n_clusters", "n_components")  # what estimators call k
-SLOW = ("SDPKMeans", "LikelihoodAdjustedSDP", "AutoencoderKMeans")  # seconds to minutes for hundreds of items: not fitted again and again to choose k or to see how stable it is
+SLOW = ("SDPKMeans", "LikelihoodAdjustedSDP", "AutoencoderKMeans", "DEC", "IDEC", "DCN")  # seconds to minutes for hundreds of items: not fitted again and again to choose k or to see how stable it is
 
 def clusterers():
     "Dict from name in small letters to class, of every clusterer that takes a number of clusters."
@@ -233,7 +233,7 @@ def save_model(
     recipe = {k: v for k, v in items.recipe.items() if not isinstance(v, np.ndarray) and k != "vocabulary"}
     tensors |= {f"recipe.{k}": np.ascontiguousarray(v) for k, v in items.recipe.items() if isinstance(v, np.ndarray)}
     if "vocabulary" in items.recipe: tensors["vocabulary"] = np.frombuffer("\n".join(items.recipe["vocabulary"]).encode(), np.uint8)
-    params = {k: v for k, v in estimator.get_params(deep=False).items() if isinstance(v, (str, int, float, bool, type(None)))}
+    params = {k: v for k, v in estimator.get_params(deep=False).items() if isinstance(v, (str, int, float, bool, tuple, type(None)))}
     meta = {"method": type(estimator).__name__, "params": params, "recipe": recipe, "version": __version__,
             "fitted": {k: v for k, v in state.items() if v is None or isinstance(v, (int, float, str)) and not isinstance(v, bool)}}
     if (net := getattr(estimator, "encoder_", None)) is not None:
@@ -257,7 +257,7 @@ def load_model(
         with safe_open(path, "np") as file: meta, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
         if meta.get("format") != FORMAT: raise ValueError(f"its format is {meta.get('format')!r}")
         meta = json.loads(meta["model"])
-        estimator = find_clusterer(meta["method"])(**meta["params"])
+        estimator = find_clusterer(meta["method"])(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["params"].items()})
         for k, v in (meta["fitted"] | {k.removeprefix("fitted."): v for k, v in tensors.items() if k.startswith("fitted.")}).items(): setattr(estimator, k, v)
         if "encoder" in meta:
             import torch
