@@ -80,6 +80,15 @@ def test_links_between_equations_and_figures(path):
 
 
 @each
+def test_a_name_in_backticks_is_no_link_s_text(path):
+    "nbdev makes a link of it, and a link within a link comes out as raw Markdown."
+    prose = "\n".join(c["source"] for c in notebook(path)["cells"] if c["cell_type"] == "markdown")
+    from deepclustering._modidx import d
+    names = {symbol.rpartition(".")[2] for symbols in d["syms"].values() for symbol in symbols}
+    assert not [name for name in re.findall(r"\[`([\w.]+)`\]\(", prose) if name.rpartition(".")[2] in names]
+
+
+@each
 def test_an_exporting_notebook_asserts(path):
     if not any(directive(c, "exports?") is not None for c in code(path)): return
     asserting = [c for c in code(path) if re.search(r"\bassert\b|\btest_\w+\(|expect_fail|assert_close", c["source"])]

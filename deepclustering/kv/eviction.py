@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['StreamingLLM', 'H2O', 'TOVA', 'KeyDiff', 'SnapKV', 'ExpectedAttention', 'Random', 'KeyNorm', 'kept_slots', 'protect',
-           'keep_best', 'uniform', 'Method', 'Looked', 'query_positions', 'group_scores', 'recency_score', 'h2o_score',
-           'tova_score', 'keydiff_score', 'snapkv_score', 'expected_attention_score', 'random_score', 'key_norm_score',
-           'close_gaps', 'EvictingCache']
+           'keep_best', 'uniform', 'Method', 'Looked', 'looked', 'query_positions', 'group_scores', 'recency_score',
+           'h2o_score', 'tova_score', 'keydiff_score', 'snapkv_score', 'expected_attention_score', 'random_score',
+           'key_norm_score', 'close_gaps', 'EvictingCache']
 
 # %% ../../nbs/kv/04_eviction.ipynb #d100f07d
 import math
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from ..core.assign import soft_assign, top_k
 from ..core.checks import as_generator, check_int
-from ..core.tinylm import Cache, attention_weights, rotate
-from .ragged import RaggedCache
+from ..core.tinylm import attention_weights, rotate
+from .ragged import RaggedCache, RaggedLayers
 
 # %% ../../nbs/kv/04_eviction.ipynb #1a2e44f7
 def _share(value, name):
@@ -122,6 +122,13 @@ class Looked(NamedTuple):
     positions: Tensor # `(B, H, n)`, -1 is empty
     attention: Tensor # `(B, G H, T, n)`
     at: Tensor        # `(B, T)`, -1 is padding
+
+def looked(
+    queries, keys, values, positions, at, # as in `Looked`
+):
+    "A `Looked` of causal queries, its attention computed here."
+    visible = (positions.unsqueeze(2) <= at.view(len(at), 1, -1, 1)) & (positions >= 0).unsqueeze(2)
+    return Looked(queries, keys, values, positions, attention_weights(queries, keys, visible), at)
 
 def query_positions(
     state, # a `State` or `Looked`
@@ -269,7 +276,7 @@ def close_gaps(
     return rotate(keys, moved - positions, base), moved
 
 # %% ../../nbs/kv/04_eviction.ipynb #6ded143a
-class EvictingCache(Cache):
+class EvictingCache(RaggedLayers):
     """Keeps at most a budget of slots in each head while tokens stream in, and gives the bytes of all others back. `layers[layer]` is a `RaggedCache`.
 
     Each step looks at all that is stored and at its own tokens, then drops what the method drops; more tokens at once are a chunk of a prompt. `ValueError` for a budget that is not a number of slots or below what is protected."""
@@ -298,8 +305,7 @@ class EvictingCache(Cache):
             if layer in self.asked: queries, at = torch.cat([self.asked[layer][0], queries], 2), torch.cat([self.asked[layer][1], at], 1)
             w = max(self.queries, positions.shape[2])
             queries, at = self.asked[layer] = queries[:, :, -w:], at[:, -w:]
-        visible = (slots.unsqueeze(2) <= at.view(len(at), 1, -1, 1)) & (slots >= 0).unsqueeze(2)
-        scores = self.method.score(Looked(queries, keys, values, slots, attention_weights(queries, keys, visible), at), **self.options)
+        scores = self.method.score(looked(queries, keys, values, slots, at), **self.options)
         if layer in self.sums: scores = scores + F.pad(self.sums[layer], (0, scores.shape[2] - self.sums[layer].shape[2]))
         budget = self.budget[min(layer, len(self.budget) - 1)] if isinstance(self.budget, Tensor) else self.budget
         mask, = self.method.choose([scores], [slots], kept_slots((slots >= 0).sum(2), budget).unsqueeze(0))
@@ -309,13 +315,3 @@ class EvictingCache(Cache):
         if not torch.equal(mask, slots >= 0): store.keep(mask)
         if self.consecutive: keys, slots = close_gaps(keys, slots, self.base)
         return keys, values, slots
-
-    @property
-    def stored(self):
-        "Slots stored, `(L, B, H)`."
-        return torch.stack([self.layers[layer].lengths for layer in sorted(self.layers)])
-
-    @property
-    def nbytes(self):
-        "Bytes held by all layers."
-        return sum(store.nbytes for store in self.layers.values())

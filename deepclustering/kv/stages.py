@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_int
-from ..core.tinylm import Cache, attention_weights
-from .eviction import Looked, Method, group_scores, keep_best, kept_slots, protect, query_positions, snapkv_score
-from .ragged import RaggedCache
+from .eviction import Looked, Method, group_scores, keep_best, kept_slots, looked, protect, query_positions, snapkv_score
+from .ragged import RaggedCache, RaggedLayers
 
 # %% ../../nbs/kv/04b_stages.ipynb #11455fa7
 def pivotal_score(
@@ -132,7 +131,7 @@ def dynamic_budgets(
 DynamicKV = Method("DynamicKV", snapkv_score, allocate=dynamic_budgets, differs={"chunks": "the window of each chunk decides", "positions": "votes spread to neighbouring slots"})
 
 # %% ../../nbs/kv/04b_stages.ipynb #20bf9806
-class ScopeCache(Cache):
+class ScopeCache(RaggedLayers):
     """Separate slots for a prompt and for what is written after it, @eq-scope. `layers[layer]` is a `RaggedCache`.
 
     The first step is the prompt: kept whole, or cut once by `method`. Each later step is decoding, one token a row (several at once count as one step, padding as none). `ValueError` for sizes out of range, another strategy, or a method without a budget.
@@ -160,9 +159,7 @@ class ScopeCache(Cache):
         "Store the new tokens, and drop what is too much for the next step; what this step attends to as padded keys, values, positions."
         store, at = self.layers.setdefault(layer, RaggedCache()), positions[:, 0]
         keys, values, slots = store.append(keys, values, positions).rectangle()
-        def look():
-            visible = (slots.unsqueeze(2) <= at.view(len(at), 1, -1, 1)) & (slots >= 0).unsqueeze(2)
-            return Looked(queries, keys, values, slots, attention_weights(queries, keys, visible), at)
+        def look(): return looked(queries, keys, values, slots, at)
         if layer not in self.ends:
             self.ends[layer] = at.amax(1)
             if self.method is not None: store.keep(self.method([look()], self.budget, **self.options)[0])
@@ -177,13 +174,3 @@ class ScopeCache(Cache):
             store.keep(keep_best(protect(scores, slots, recent=self.recent), counts))
             self.selections += 1
         return keys, values, slots
-
-    @property
-    def stored(self):
-        "Slots stored, `(L, B, H)`."
-        return torch.stack([self.layers[layer].lengths for layer in sorted(self.layers)])
-
-    @property
-    def nbytes(self):
-        "Bytes held by all layers."
-        return sum(store.nbytes for store in self.layers.values())

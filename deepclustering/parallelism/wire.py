@@ -42,8 +42,9 @@ _UP = """
     import fcntl, json, socket, struct
     with socket.socket() as s: fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))   # SIOCSIFFLAGS: up
     def on_wire():
-        "Bytes that loopback has carried."
-        with open("/proc/net/dev") as f: return next(int(line.split()[9]) for line in f if line.split()[0] == "lo:")
+        "Bytes that loopback has carried, without the 66 of each packet's headers (14 of the frame, 20 of IP, 32 of TCP with its time stamps)."
+        with open("/proc/net/dev") as f: sent, packets = next(map(int, line.split()[9:11]) for line in f if line.split()[0] == "lo:")
+        return sent - 66 * packets
 """
 
 def in_own_network(
