@@ -12,16 +12,19 @@ MIXED = """
     from deepclustering.core.distributed import count_bytes, run
     def work(rank, world):
         x, parts = torch.ones(2**20 + 7), torch.ones(world, 2**19 + 3)     # five ranks divide neither
-        dist.barrier(); time.sleep(0.05); before = on_wire(); dist.barrier()
-        with count_bytes() as traffic:
-            dist.all_reduce(x)
-            dist.all_gather(list(parts.clone()), parts[0].clone())
-            dist.broadcast(x, 3)
-            dist.scatter(torch.empty(2**19 + 3), list(parts) if rank == 2 else None, 2)
-            dist.send(x, 4) if rank == 1 else dist.recv(x, 1) if rank == 4 else None
-            dist.barrier()
-        dist.barrier(); time.sleep(0.05)
-        return on_wire() - before, traffic
+        counts = []
+        for _ in range(3):                                                 # packets that a busy machine sends again only add
+            dist.barrier(); time.sleep(0.05); before = on_wire(); dist.barrier()
+            with count_bytes() as traffic:
+                dist.all_reduce(x)
+                dist.all_gather(list(parts.clone()), parts[0].clone())
+                dist.broadcast(x, 3)
+                dist.scatter(torch.empty(2**19 + 3), list(parts) if rank == 2 else None, 2)
+                dist.send(x, 4) if rank == 1 else dist.recv(x, 1) if rank == 4 else None
+                dist.barrier()
+            dist.barrier(); time.sleep(0.05)
+            counts.append(on_wire() - before)
+        return min(counts), traffic
     answer = [(n, [list(m) for m in t]) for n, t in run(work, 5)]
 """
 
