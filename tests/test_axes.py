@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
-from deepclustering.core.distributed import check_parity, count_bytes, ring_bytes, run
+from deepclustering.core.distributed import Traffic, check_parity, count_bytes, ring_bytes, run
 from deepclustering.core.tinylm import TinyLM
 from deepclustering.parallelism.axes import bubble, gpt_parameters, mesh_traffic, training_days
 from deepclustering.parallelism.data import average_gradients
@@ -79,10 +79,10 @@ def test_traffic_and_numbers_on_two_by_three():
         with count_bytes() as passes: vocab_parallel_cross_entropy(model(x[mine]), y[mine], tp, reduction="sum").backward()
         with count_bytes() as averaging: average_gradients(model.parameters(), y[mine].numel(), dp)
         held = sum(p.numel() for p in model.parameters())
-        stream = sum(ring_bytes(m.op, size, 3) for m in passes if (size := max(m.sent, m.received)) == mine.numel() * 6 * 12 * 8)
+        stream = Traffic(m for m in passes if max(m.sent, m.received) == mine.numel() * 6 * 12 * 8).ring(3)
         wanted = mesh_traffic(3, 1, 2, layers=2, width=12, tokens=6, batch=2 * len(mine), micro_batch=len(mine), parameters=3 * held, itemsize=8)
         assert stream * 8 / 10 == pytest.approx(wanted["tensor"])  # of ten all-reduces, two are for the ends
-        assert sum(ring_bytes("all_reduce", m.sent, 2) for m in averaging) == pytest.approx(wanted["data"] + ring_bytes("all_reduce", 8, 2))
+        assert averaging.ring(2) == pytest.approx(wanted["data"] + ring_bytes("all_reduce", 8, 2))
         norm = clip_gradients(model, 0.1, tp)
         torch.optim.SGD(model.parameters(), lr=1.).step()
         return {"norm": norm, "state": gather_state(model, tp)}

@@ -419,6 +419,33 @@ def test_batched_and_asynchronous_messages():
         assert (traffic.calls(), traffic.calls("send"), traffic.sent(), traffic.received("recv")) == (3, 1, 20, 8)
 
 
+@pytest.mark.parametrize("world", (1, 2, 4))
+def test_a_ledger_on_a_ring(world):
+    "What `Traffic.ring` says of the engine's collectives, against messages to the right neighbour (gather, sum) and straight to each rank (all-to-all) that are sent and counted one by one; and by hand."
+    def work(rank, world):
+        whole, piece, right, left = torch.ones(4 * world), torch.ones(4), (rank + 1) % world, (rank - 1) % world
+        with count_bytes() as engine:
+            dist.all_gather(list(torch.empty(world, 4)), piece)
+            dist.reduce_scatter(torch.empty(4), list(whole.chunk(world)))
+            dist.all_to_all_single(torch.empty_like(whole), whole)
+        with count_bytes() as by_hand:
+            for _ in range(2 * (world - 1)):                                        # a gather, and a sum in pieces
+                sending = dist.isend(piece, right)
+                dist.recv(torch.empty(4), left)
+                sending.wait()
+            for step in range(1, world):
+                sending = dist.isend(piece, (rank + step) % world)
+                dist.recv(torch.empty(4), (rank - step) % world)
+                sending.wait()
+        dist.barrier()
+        return engine, by_hand
+    for engine, by_hand in run(work, world):
+        assert engine.ring(world) == by_hand.sent() == by_hand.ring(world) == 3 * 16 * (world - 1)
+        assert engine.ring(world, without=("all_gather", "all_to_all")) == ring_bytes("reduce_scatter", 16 * world, world)
+    assert Traffic([Message("all_reduce", None, 12, 12), Message("barrier", None, 0, 0)]).ring(3, ("barrier",)) == 16
+    with pytest.raises(ValueError, match="op must be one of all_reduce, all_gather, reduce_scatter, all_to_all, got 'reduce'"): Traffic([Message("reduce", None, 1, 1)]).ring(2)
+
+
 def test_counts_equal_comm_debug_mode_for_tensor_parallel_layers():
     import torch._dynamo  # noqa: F401
     from torch.distributed.device_mesh import init_device_mesh

@@ -237,7 +237,7 @@ def test_low_precision(prompt, dtype):
         mask, = method([s], 8, **kw)
         assert mask.sum(2).unique().tolist() == [8]
         agree = (mask & method([prompt[0]], 8, **kw)[0]).sum() / mask.sum()
-        assert agree >= (.99 if dtype == torch.float32 else .8)
+        assert agree >= (.9 if dtype == torch.bfloat16 else .99)
 
 
 def test_empty_and_small():

@@ -145,7 +145,7 @@ def test_prefill_small_and_low_precision():
     caches = RaggedCaches(), RaggedCaches()
     a, b = pyramid_prefill(single, WORDS, [1, .7, .5], caches[0])[0], pyramid_prefill(model(), WORDS, [1, .7, .5], caches[1])[0]
     assert all(torch.equal(c.rectangle()[2], d.rectangle()[2]) for c, d in zip(caches[0].layers.values(), caches[1].layers.values()))
-    torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a, b.float())                                          # as float32 allows
     assert pyramid_prefill(model().bfloat16(), WORDS, [1, .7, .5])[0].isfinite().all()
 
 

@@ -2,18 +2,16 @@
 import itertools
 import random
 import sys
+from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from deepclustering.core.distributed import RankError, count_bytes, ring_bytes, run
+from deepclustering.core.distributed import RankError, count_bytes, run
 from deepclustering.parallelism.signatures import Step, all_signatures, box, boxing_bytes, cheapest_signatures, execute_plan, find_rules, parts_of, whole_of
 
 ranks = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked")
-
-
-def sent(traffic, world): return sum(m.sent * (world - 1) / world if m.op == "all_to_all" else ring_bytes(m.op, max(m.sent, m.received), world) for m in traffic)
 
 
 # ---- parts and rules
@@ -67,7 +65,7 @@ def test_conversions_in_a_row(shape, world):
             before = own.clone()
             with count_bytes() as traffic: new = box(own, a, b)
             assert torch.equal(own, before), "the input was changed"
-            assert sent(traffic, world) == pytest.approx(boxing_bytes(a, b, x.nbytes, world)), (a, b)
+            assert traffic.ring(world) == pytest.approx(boxing_bytes(a, b, x.nbytes, world)), (a, b)
             own = new
             found.append(own)
         return found
@@ -114,6 +112,7 @@ def test_cheapest_of_all_plans(seed):
     "Against every combination of starting signatures and rules, with the cheapest beginnings folded in nowhere."
     leaves, steps, target, s = tree(seed)
     size = {"x": s["n"] * s["d"], "A": s["d"] * s["h"], "u": s["n"] * s["e"], "C": s["e"] * s["h"], "B": s["h"] * s["k"], "xA": s["n"] * s["h"], "uC": s["n"] * s["h"], "sum": s["n"] * s["h"], "relu": s["n"] * s["h"], "y": s["n"] * s["k"]}
+    @cache
     def pay(name, a, b): return boxing_bytes(a, b, 8 * size[name], 4)
     costs = []
     for sx, sa, su, sc, sb in itertools.product(*(leaves[k][1] for k in "xAuCB")):
@@ -139,7 +138,7 @@ def test_plans_executed(world):
             cost, plan = cheapest_signatures(leaves, steps, target, world)
             own = {name: parts_of(x, plan[name], world, 9)[rank] for name, x in whole.items()}
             with count_bytes() as traffic: y = execute_plan(own, steps, plan)
-            found.append((y, sent(traffic, world) - cost))
+            found.append((y, traffic.ring(world) - cost))
         return found
     results = run(work, world)
     for i, seed in enumerate(seeds):

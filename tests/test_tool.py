@@ -168,6 +168,29 @@ def test_labels_are_the_estimators_by_size_and_assign_gives_predicts(method, run
     assert not [e.name for e in os.scandir(".") if e.name.startswith(".")]
 
 
+@pytest.mark.parametrize("method", ["AutoencoderKMeans", "DEC"])
+def test_a_deep_model_sorts_new_items(run, here, method):
+    "The default network, trained on a table's columns, comes back from the file with the scaling; nearest centres of its codes by hand."
+    import torch
+    from deepclustering.tool.cluster import load_model
+    X, y = make_blobs(90, 6, centers=3, cluster_std=.5, random_state=2)
+    write = lambda name, rows: (here / name).write_text("\n".join(["a,b,c,d,e,f", *(",".join(f"{v:.6f}" for v in r) for r in rows)]) + "\n")
+    write("old.csv", X[:60]); write("new.csv", X[60:])
+    assert run("cluster", "old.csv", "--method", method, "--k", "3", "--save", "model", "--report", "none")[0] == 0
+    found = labels()[1]
+    assert len(set(zip(y[:60].tolist(), found.tolist()))) == 3                                           # one group for each blob
+    code, _, err = run("assign", "model", "new.csv", "--out", "new_labels.csv")
+    assert code == 0, err
+    group = dict(zip(y[:60].tolist(), found.tolist()))
+    assert labels("new_labels.csv")[1].tolist() == [group[c] for c in y[60:].tolist()]
+    assert run("assign", "model", "old.csv", "--out", "again.csv")[0] == 0 and (labels("again.csv")[1] == found).all()
+    estimator, rank, _ = load_model("model")
+    scaled = (X - X[:60].mean(0)) / X[:60].std(0)
+    with torch.no_grad(): z = estimator.encoder_.encode(torch.tensor(scaled * estimator.scale_, dtype=torch.float32)).numpy()
+    by_hand = rank[((z[:, None] - estimator.cluster_centers_)**2).sum(2).argmin(1)]
+    assert by_hand.tolist() == [*found.tolist(), *labels("new_labels.csv")[1].tolist()]
+
+
 def test_every_kind_of_file_goes_through_a_model(run, here):
     "The labels of the file that a model was made from are assigned again, and so is each item alone or in another order."
     rng = np.random.default_rng(0)

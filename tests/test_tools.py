@@ -102,13 +102,3 @@ def test_a_weak_assert_is_found_out(tmp_path):
     weak, strong, broken = json.loads(done.stdout)
     assert weak == [["return a - b", "survived"]] and strong == [["return a - b", "failed"]]
     assert "fails as it stands" in broken
-
-
-def test_a_native_crash_of_a_rank_is_run_once_more_and_named(tmp_path, capsys):
-    once = f"import sys, pathlib; p = pathlib.Path({str(tmp_path / 'ran')!r}); first = not p.exists(); p.touch(); print('killed by SIGSEGV'); sys.exit(first)"
-    again = item(once)
-    assert again.counts == {"passed": 1} and "SIGSEGV" in again.crashed
-    suite.report([again], limits=False)
-    assert "A rank crashed outside of Python, and it was run again\n  x\n" in capsys.readouterr().out
-    assert item("import sys; print('killed by SIGSEGV'); sys.exit(1)").counts == {"failed": 1}          # twice is no accident
-    assert not item("assert False, 'killed by nobody'").crashed                                         # an assertion is never run again

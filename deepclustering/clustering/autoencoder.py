@@ -4,15 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'corruption', 'pair_loss', 'pretrain_layers', 'noisy_code', 'train_autoencoder', 'CodeReport',
-           'code_report', 'evaluating', 'code_of', 'encode_all', 'refine', 'Clustered', 'DeepClusterer',
-           'AutoencoderKMeans']
+           'code_report', 'code_of', 'encode_all', 'refine', 'Clustered', 'DeepClusterer', 'AutoencoderKMeans']
 
 # %% ../../nbs/clustering/10_encoder.ipynb #7e2fae3d
 import warnings
-from contextlib import contextmanager
 from copy import deepcopy
-from math import inf
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +22,11 @@ from torch import nn
 
 from .kmeans import KMeans
 from ..core.assign import nearest
-from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like, progress_bar
+from ..core.checks import as_generator, as_tensor, check_int, check_number, device_of, estimator_data, like, progress_bar
+from ..core.estimators import evaluating, load_estimator, save_estimator
 from ..core.metrics import cluster_sizes
-from ..core.models import Autoencoder, MLPAutoencoder, Model, as_batch, build_model, model_spec
-from ..core.training import load_tree, save_tree, train
+from ..core.models import Autoencoder, MLPAutoencoder, as_batch
+from ..core.training import train
 
 # %% ../../nbs/clustering/10_encoder.ipynb #a250b16f
 def corruption(
@@ -148,17 +145,6 @@ def code_report(
                       float(C.trace()**2 / C.square().sum().clamp_min(1e-300)))
 
 # %% ../../nbs/clustering/10_encoder.ipynb #24315346
-@contextmanager
-def evaluating(
-    net, # module
-):
-    "The module in evaluation mode; afterwards every part is in the mode in which it was."
-    modes = {m: m.training for m in net.modules()}
-    net.eval()
-    try: yield net
-    finally:
-        for m, mode in modes.items(): m.training = mode
-
 def code_of(
     net, # module with `encode`, or one that encodes when called
     x,   # `(m, d)`
@@ -216,7 +202,7 @@ class Clustered(nn.Module):
         self.net, self.centers = net, nn.Parameter(centers.detach().clone())
 
 class DeepClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
-    """What deep clusterers share: scaled rows, an encoder that is pretrained, k-means on the codes, `refine`, files, interruptions.
+    """What deep clusterers share: rows scaled as a whole (neither centred nor column by column: do that before), an encoder that is pretrained, k-means on the codes, `refine`, files, interruptions.
 
     A subclass has an `__init__` with the parameters of `AutoencoderKMeans`. With a clustering loss it also has `update_interval`, `tol`, `max_iter` and `cluster_lr` (of Adam), and
     defines `_loss(module, (rows, targets))`, and as needed `_target(q)`, targets of all memberships `(n, k)`; `_assign(module, rows)`, memberships `(m, k)`; `_module(net, centers)`, what is trained, with the `centers` that end as `cluster_centers_`.
@@ -263,8 +249,7 @@ def _check(self, X, reset=True):
     for name in ("pretrain_epochs", "batch_size", "n_init", "update_interval", "max_iter"):
         if hasattr(self, name): check_int(getattr(self, name), name)
     for name in ("lr", "cluster_lr", "tol"):
-        value = getattr(self, name, 1.)
-        if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value < inf or name == "tol" and value == 0): raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if hasattr(self, name): check_number(getattr(self, name), name, zero=name == "tol")
     if self.pretrain not in PRETRAIN: raise ValueError(f"pretrain must be one of {', '.join(PRETRAIN)}, got {self.pretrain!r}")
     e, way = self.encoder, self.pretrain
     if e is None and not [check_int(w, "widths") for w in self.widths]: raise ValueError(f"widths must name at least the code's width, got {self.widths!r}")
@@ -314,7 +299,8 @@ def fit(self: DeepClusterer,
         self.n_iter_ = start.n_iter_
         if self._loss is not None:
             module = self._module(net, start.cluster_centers_)
-            optimizer = torch.optim.Adam((p for p in module.parameters() if p.requires_grad), lr=self.cluster_lr)
+            if not (weights := [p for p in module.parameters() if p.requires_grad]): raise ValueError(f"encoder must have weights to train, {type(self).__name__}'s loss moves nothing else; got {type(net).__name__}")
+            optimizer = torch.optim.Adam(weights, lr=self.cluster_lr)
             self.n_iter_ = refine(module, x, self._assign, self._target, self._loss, optimizer=optimizer, update_interval=self.update_interval, tol=self.tol, max_iter=self.max_iter,
                                   records=self.history_, **keywords)
     except KeyboardInterrupt as e: stop = e
@@ -335,6 +321,7 @@ def _set_fitted(self, X, z, centers):
     self.labels_, self.cluster_centers_, self.embedding_, self.inertia_ = like(labels, X), like(centers.clone(), X), like(z, X), float(far.double().sum())
     self._n_features_out = self.n_clusters
 
+# %% ../../nbs/clustering/10_encoder.ipynb #046f0b06
 def _on(self, X):
     "Codes `(n, code)` and centres `(k, code)` of a fitted estimator, in the dtype of `X`."
     check_is_fitted(self)
@@ -363,20 +350,13 @@ def transform(self: DeepClusterer,
     "Distances `(n, k)` of the codes to the centres."
     return like(torch.cdist(*_on(self, X), compute_mode="donot_use_mm_for_euclid_dist"), X)
 
-# %% ../../nbs/clustering/10_encoder.ipynb #046f0b06
+# %% ../../nbs/clustering/10_encoder.ipynb #187d0003
 @patch
 def save(self: DeepClusterer,
          path, # the file to write, customarily *.safetensors
 ):
     "Write parameters, fitted attributes and weights as safetensors and JSON. An encoder of `core.models` is rebuilt from the file; another one must be passed to `load` again."
-    check_is_fitted(self)
-    params, net = {k: v for k, v in self.get_params(deep=False).items() if k != "encoder"}, self.encoder_
-    if not isinstance(params["random_state"], (int, type(None))): params["random_state"] = None   # a generator has moved on anyway
-    params["device"] = str(params["device"])
-    def plain(v): return v.tolist() if isinstance(v, np.ndarray) and v.dtype == object else torch.as_tensor(v) if isinstance(v, np.ndarray) else tuple(v) if isinstance(v, CodeReport) else v
-    fitted = {k: plain(v) for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_") and k != "encoder_"}
-    save_tree(path, {"class": type(self).__name__, "params": params, "fitted": fitted, "tensors": isinstance(self.labels_, torch.Tensor), "ours": self.encoder is None,
-                     "encoder": model_spec(net) if isinstance(net, Model) else None, "weights": net.state_dict()})
+    save_estimator(path, self)
 
 @patch(cls_method=True)
 def load(cls: DeepClusterer,
@@ -384,14 +364,6 @@ def load(cls: DeepClusterer,
          encoder=None, # a module of the saved one's class, if that was not one of `core.models`
 ):
     "The fitted estimator of a file. `ValueError` if it is another file or class, or the encoder is missing or does not fit."
-    tree = load_tree(path)
-    if tree.get("class") != cls.__name__: raise ValueError(f"path must name a file that {cls.__name__}.save wrote, and {path} holds {tree.get('class', ', '.join(tree))}")
-    if tree["encoder"] is None and encoder is None: raise ValueError("encoder must be given: the saved one is not a model of core.models, so the file holds its weights alone")
-    net = deepcopy(encoder) if tree["encoder"] is None else build_model(tree["encoder"])
-    try: net.load_state_dict(tree["weights"], assign=True)
-    except RuntimeError as e: raise ValueError(f"encoder does not fit the weights in {path}: {e}") from e
-    self = cls(**tree["params"], encoder=None if tree["ours"] else deepcopy(net))
-    for k, v in tree["fitted"].items(): setattr(self, k, v if tree["tensors"] or not isinstance(v, torch.Tensor) else v.numpy())
-    self.encoder_, self.report_, self._n_features_out = net.eval(), CodeReport(*self.report_), self.n_clusters
-    if hasattr(self, "feature_names_in_"): self.feature_names_in_ = np.array(self.feature_names_in_, dtype=object)
+    self = load_estimator(cls, path, encoder)
+    self.report_ = CodeReport(*self.report_)
     return self

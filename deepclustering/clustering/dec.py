@@ -6,9 +6,6 @@
 __all__ = ['target_distribution', 'divergence', 'DEC', 'IDEC', 'DCN']
 
 # %% ../../nbs/clustering/11_dec.ipynb #a2362726
-from math import inf
-from numbers import Real
-
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +13,7 @@ from .autoencoder import Clustered, DeepClusterer, code_of
 from .kmeans import minibatch_update
 from ..core.aggregate import take_slots
 from ..core.assign import nearest, student_t
-from ..core.checks import as_tensor, like
+from ..core.checks import as_tensor, check_number, like
 
 # %% ../../nbs/clustering/11_dec.ipynb #f4761cbe
 def target_distribution(
@@ -39,18 +36,13 @@ def divergence(
     return F.kl_div(q.log(), p, reduction="batchmean")
 
 # %% ../../nbs/clustering/11_dec.ipynb #b1cdeee2
-def _number(name, value, zero):
-    "`ValueError` unless it is a finite number above zero, or zero where that is allowed."
-    if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value < inf or zero and value == 0):
-        raise ValueError(f"{name} must be a finite number, {'zero or more' if zero else 'above zero'}, got {value!r}")
-
 class _Refined(DeepClusterer):
     "A deep clusterer with numbers of its own, `_numbers`: name to whether zero is allowed; and perhaps in need of a decoder."
     _numbers, _decodes = {}, False
 
     def fit(self, X, y=None):
         "Pretrain, start from k-means, refine; returns self. See `DeepClusterer`."
-        for name, zero in self._numbers.items(): _number(name, getattr(self, name), zero)
+        for name, zero in self._numbers.items(): check_number(getattr(self, name), name, zero)
         e = self.encoder
         if self._decodes and isinstance(e, torch.nn.Module) and not all(callable(getattr(e, f, None)) for f in ("encode", "decode")):
             raise ValueError(f"encoder must have encode and decode, {type(self).__name__} reconstructs; got {type(e).__name__}")

@@ -8,7 +8,6 @@ __all__ = ['RULES', 'KMeansLayer', 'clustering_loss', 'center_rates', 'center_st
 # %% ../../nbs/clustering/06_tell.ipynb #08bde5fd
 import warnings
 from copy import deepcopy
-from numbers import Real
 
 import numpy as np
 import torch
@@ -21,10 +20,10 @@ from torch import nn
 
 from ..core.aggregate import segment_sum, take_slots
 from ..core.assign import nearest
-from ..core.checks import as_generator, as_tensor, check_int, device_of, estimator_data, like
+from ..core.checks import as_generator, as_tensor, check_int, check_number, device_of, estimator_data, like
+from ..core.estimators import evaluating, load_estimator, save_estimator
 from ..core.lloyd import kmeans_plusplus
-from ..core.models import Model, build_model, model_spec
-from ..core.training import History, load_tree, save_tree, train
+from ..core.training import History, train
 
 # %% ../../nbs/clustering/06_tell.ipynb #c92a64f8
 class KMeansLayer(nn.Module):
@@ -160,9 +159,7 @@ def _check(self, X, reset=True):
     check_int(self.batch_size, "batch_size"); check_int(self.max_iter, "max_iter")
     if self.rule not in ("auto", *RULES[1:]): raise ValueError(f"rule must be one of auto, {', '.join(RULES[1:])}, got {self.rule!r}")
     rule = ("counts" if self.encoder is None else "direction") if self.rule == "auto" else self.rule
-    for name in ("lr", "cluster_weight"):
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value < np.inf or name != "lr" and value == 0): raise ValueError(f"{name} must be a positive number, got {value!r}")
+    check_number(self.lr, "lr"); check_number(self.cluster_weight, "cluster_weight", zero=True)
     if self.encoder is not None:
         if not all(callable(getattr(self.encoder, f, None)) for f in ("encode", "decode")) or not isinstance(self.encoder, nn.Module):
             raise ValueError(f"encoder must be a module with encode and decode, got {type(self.encoder).__name__}; without a decoder all codes fall together")
@@ -193,11 +190,8 @@ def _embed(self, x, device, encoder=None):
     "Where the centres live: rows, rows of length 1, or codes `(n, d)`."
     dtype = torch.promote_types(x.dtype, torch.float32)
     if encoder is None: return F.normalize(x.to(device, dtype), dim=1) if self.normalize else x.to(device, dtype)
-    like_this, modes = next(encoder.parameters()), {m: m.training for m in encoder.modules()}
-    encoder.eval()
-    try: return torch.cat([_code(encoder, part.to(like_this)) for part in x.split(4096)])
-    finally:
-        for m, mode in modes.items(): m.training = mode
+    like_this = next(encoder.parameters())
+    with evaluating(encoder): return torch.cat([_code(encoder, part.to(like_this)) for part in x.split(4096)])
 
 # %% ../../nbs/clustering/06_tell.ipynb #8914cffc
 def layer_trainer(
@@ -315,7 +309,7 @@ def prototypes(self: TELL):
     check_is_fitted(self)
     if getattr(self, "encoder_", None) is None: return self.cluster_centers_
     p = next(self.encoder_.parameters())
-    with torch.no_grad(): return like(self.encoder_.eval().decode(as_tensor(self.cluster_centers_).to(p)).flatten(1), self.cluster_centers_)
+    with torch.no_grad(), evaluating(self.encoder_): return like(self.encoder_.decode(as_tensor(self.cluster_centers_).to(p)).flatten(1), self.cluster_centers_)
 
 @patch
 def partial_fit(self: TELL,
@@ -343,16 +337,7 @@ def save(self: TELL,
          path, # the file to write, customarily *.safetensors
 ):
     "Write parameters, fitted attributes and weights as safetensors and JSON. An encoder of `core.models` is rebuilt from the file; another one must be passed to `load` again."
-    check_is_fitted(self)
-    encoder = self.encoder_
-    params = {k: v for k, v in self.get_params(deep=False).items() if k != "encoder"}
-    if not isinstance(params["init"], str): params["init"] = as_tensor(params["init"], "init")
-    if not isinstance(params["random_state"], (int, type(None))): params["random_state"] = None  # a generator has moved on anyway
-    params["device"] = str(params["device"])
-    fitted = {k: torch.as_tensor(getattr(self, k)) for k in ("labels_", "cluster_centers_", "counts_")} | {k: getattr(self, k) for k in ("inertia_", "n_iter_", "n_features_in_")}
-    save_tree(path, {"class": "TELL", "params": params, "fitted": fitted, "history": list(self.history_), "tensors": isinstance(self.labels_, torch.Tensor),
-                     "encoder": model_spec(encoder) if isinstance(encoder, Model) else None if encoder is None else "another",
-                     "weights": {} if encoder is None else encoder.state_dict()})
+    save_estimator(path, self)
 
 @patch(cls_method=True)
 def load(cls: TELL,
@@ -360,16 +345,6 @@ def load(cls: TELL,
          encoder=None, # a module of the saved one's class, if that was not one of `core.models`
 ):
     "The fitted estimator of a file. `ValueError` if it is another file, or the encoder is missing or does not fit."
-    tree = load_tree(path)
-    if tree.get("class") != "TELL": raise ValueError(f"path must name a file that TELL.save wrote, and {path} holds {', '.join(tree)}")
-    if tree["encoder"] == "another" and encoder is None: raise ValueError("encoder must be given: the saved one is not a model of core.models, so the file holds its weights alone")
-    if isinstance(tree["encoder"], dict): encoder = build_model(tree["encoder"])
-    if tree["encoder"] is None: encoder = None
-    else:
-        encoder = deepcopy(encoder)
-        try: encoder.load_state_dict(tree["weights"], assign=True)
-        except RuntimeError as e: raise ValueError(f"encoder does not fit the weights in {path}: {e}") from e
-    self = cls(**tree["params"], encoder=encoder)
-    for k, v in tree["fitted"].items(): setattr(self, k, v if tree["tensors"] or not isinstance(v, torch.Tensor) else v.numpy())
-    self.encoder_, self.history_, self._n_features_out = None if encoder is None else deepcopy(encoder).eval(), History(*tree["history"]), self.n_clusters
+    self = load_estimator(cls, path, encoder)
+    self.history_ = History(*self.history_)
     return self

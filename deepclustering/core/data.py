@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from sklearn import datasets
 
 # %% ../../nbs/core/03_data.ipynb #d0ed3e27
 def unpack(
@@ -172,6 +171,7 @@ def load_digits():
     """1,797 digits of 8 x 8 pixels, values 0 to 16, bundled with scikit-learn (no download).
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, 1998 (its test part)."""
+    from sklearn import datasets  # here: it costs a second of imports, and only this loader wants it
     X, y = datasets.load_digits(return_X_y=True)
     return Samples(X.astype(np.float32), y.astype(np.int64), tuple("0123456789"), (8, 8))
 

@@ -324,6 +324,9 @@ class Traffic(list):
     def calls(self, op=None): return len(self._of(op))
     def sent(self, op=None): return sum(m.sent for m in self._of(op))
     def received(self, op=None): return sum(m.received for m in self._of(op))
+    def ring(self, world, without=()):
+        "Bytes that this rank sends if `world` ranks run each collective as `ring_bytes` says; operators in `without` do not count. `ValueError` for one that has no such formula."
+        return sum(m.sent if m.op in ("send", "recv") else ring_bytes(m.op, max(m.sent, m.received), world) for m in self if m.op not in without)
     def __reduce__(self): return Traffic, (list(self),)  # so that it can leave its rank
 
 _KNOWN += [Message, Traffic]
@@ -385,14 +388,14 @@ def count_bytes():
 
 # %% ../../nbs/core/20_distributed.ipynb #fe47383d
 def ring_bytes(
-    op,    # "all_reduce", "all_gather" or "reduce_scatter"
-    n,     # bytes of the whole vector: what every rank holds before (reduce) or after (gather)
+    op,    # "all_reduce", "all_gather", "reduce_scatter" or "all_to_all"
+    n,     # bytes of the whole vector: what every rank holds before (reduce, all-to-all) or after (gather)
     world, # number of ranks p
 ):
-    """Bytes that each rank sends when `op` runs on a ring: @eq-ring and its halves. Raises `ValueError` for another `op`.
+    """Bytes that each rank sends when `op` runs on a ring: @eq-ring and its halves. An all-to-all takes no ring, each of its p equal pieces but the own goes straight to its rank: as much as half of it. Raises `ValueError` for another `op`.
 
     Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009."""
-    halves = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+    halves = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
     if op not in halves: raise ValueError(f"op must be one of {', '.join(halves)}, got {op!r}")
     return halves[op] * n * (world - 1) / world
 

@@ -117,6 +117,13 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (layer(dim, n * self.head_dim) for n in (heads, kv_heads, kv_heads))
         self.o_proj = layer(heads * self.head_dim, dim)
 
+    def project(
+        self, x, positions, # as in `forward`
+    ):
+        "Queries `(B, G H, T, D)`, keys and values `(B, H, T, D)`; queries and keys are turned."
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return *(rotate(t, positions.unsqueeze(1), self.base) for t in (q, k)), v
+
     def forward(
         self,
         x,           # `(B, T, dim)`
@@ -125,9 +132,8 @@ class Attention(nn.Module):
         layer=0,     # number of this layer, for the cache
         states=None, # list that gets a `State`
     ):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(x, positions)
         at = positions.unsqueeze(1)                                                     # (B or 1, 1, T): the same in all heads
-        q, k = rotate(q, at, self.base), rotate(k, at, self.base)
         slots, bias = at, ()
         if cache is not None: k, v, slots, *bias = cache.update(layer, k, v, at.expand(len(x), k.shape[1], -1), queries=q)
         visible = (slots.unsqueeze(-2) <= at.unsqueeze(-1)) & (slots >= 0).unsqueeze(-2)  # @eq-visible, (B or 1, H or 1, T, n)
@@ -174,14 +180,19 @@ class TinyLM(Model):
         positions=None,      # `(B, T)`, -1 for padding; None: from 0, or on from what the cache has seen
         return_states=False, # return a list of `State`, one a layer, too
     ):
-        positions = self._positions(tokens, cache, positions)
-        x = self.embed(tokens)
-        if self.shift is not None: x = x + self._previous(tokens, positions, cache)
+        x, positions = self.embedded(tokens, cache, positions)
         states = [] if return_states else None
         for layer, block in enumerate(self.blocks): x = block(x, positions=positions, cache=cache, layer=layer, states=states)
-        if cache is not None: self._advance(tokens, positions, cache)
+        if cache is not None: self.advance(tokens, positions, cache)
         logits = self.head(self.norm(x))
         return (logits, states) if return_states else logits
+
+    def embedded(
+        self, tokens, cache=None, positions=None, # as in `forward`
+    ):
+        "What enters the first block, `(B, T, dim)`, and where the tokens stand, `(B or 1, T)`: for who runs `blocks` by hand."
+        positions, x = self._positions(tokens, cache, positions), self.embed(tokens)
+        return x if self.shift is None else x + self._previous(tokens, positions, cache), positions
 
     def _positions(self, tokens, cache, positions): # `(B or 1, T)`
         "Check the arguments of `forward`, and say where the tokens stand."
@@ -202,7 +213,9 @@ class TinyLM(Model):
         previous = torch.cat([tokens[:, :1] if last is None else last.unsqueeze(1), tokens[:, :-1]], 1)
         return self.shift(previous) * known.unsqueeze(-1)
 
-    def _advance(self, tokens, positions, cache):
+    def advance(
+        self, tokens, positions, cache, # of `forward` and `embedded`; not None
+    ):
         "Tell the cache how far each row has come: padding does not count."
         end, where = positions.expand_as(tokens).max(1)
         last = tokens.gather(1, where.unsqueeze(1)).squeeze(1)

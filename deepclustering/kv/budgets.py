@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.lloyd import kmeans
-from .eviction import SnapKV, _share, keep_best
+from .eviction import SnapKV, exact_share, keep_best
 
 # %% ../../nbs/kv/05_budgets.ipynb #4f841016
 def deal(
@@ -32,7 +32,7 @@ def deal(
 # %% ../../nbs/kv/05_budgets.ipynb #0d2035e3
 def _floor(counts, alpha):
     "`floor(alpha counts)` exactly. `ValueError` for a share that is not from 0 to 1."
-    share = _share(alpha, "alpha")
+    share = exact_share(alpha, "alpha")
     if not 0 <= share <= 1: raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
     return counts * share.numerator // share.denominator
 

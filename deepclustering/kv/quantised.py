@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.checks import all_finite, check_int
-from ..core.tinylm import Attention, Cache, rotate
+from ..core.tinylm import Attention, Cache
 from .ragged import merge_attention
 
 # %% ../../nbs/kv/02_quantised.ipynb #1b83a109
@@ -321,6 +321,4 @@ class QuantisedAttention(Attention):
     "`Attention` that lets a `QuantisedCaches` look at its own pages; the same arguments and weights. With another cache, or for `states`, it is `Attention`."
     def forward(self, x, positions, cache=None, layer=0, states=None):
         if not isinstance(cache, QuantisedCaches) or states is not None: return super().forward(x, positions, cache, layer, states)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (rotate(t, positions.unsqueeze(1), self.base) for t in (q, k))
-        return self.o_proj(cache.step(layer, q, k, v, positions.expand(len(x), -1)).transpose(1, 2).flatten(2))
+        return self.o_proj(cache.step(layer, *self.project(x, positions), positions.expand(len(x), -1)).transpose(1, 2).flatten(2))

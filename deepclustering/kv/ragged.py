@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.checks import check_int
 from ..core.operators import operator
-from ..core.tinylm import Attention, Cache, rotate
+from ..core.tinylm import Attention, Cache
 
 # %% ../../nbs/kv/01_ragged.ipynb #f37cb135
 def merge_attention(
@@ -353,8 +353,7 @@ class RaggedAttention(Attention):
     "`Attention` that lets a `RaggedCaches` look at its own slots; the same arguments and weights. With another cache, or for `states`, it is `Attention`. What a padded token gets is 0 or of no use."
     def forward(self, x, positions, cache=None, layer=0, states=None):
         if not isinstance(cache, RaggedCaches) or states is not None: return super().forward(x, positions, cache, layer, states)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (rotate(t, positions.unsqueeze(1), self.base) for t in (q, k))
+        q, k, v = self.project(x, positions)
         at = positions.expand(len(x), -1)
         out = cache.append(layer, k, v, at).attend(q, None if x.shape[1] == 1 else at)   # one token is the newest: it sees all
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -76,14 +76,13 @@ def pyramid_prefill(
 
     `ValueError` for shares that do not fit the model, a cache that is not empty, or too few tokens left for the first `sinks`. Source: as `pivotal_score`."""
     if cache is not None and cache.seen is not None: raise ValueError(f"cache must be empty, got one that has seen {cache.seen.tolist()} tokens")
-    at = model._positions(tokens, cache, positions).expand_as(tokens)
+    x, at = model.embedded(tokens, cache, positions)
+    at = at.expand_as(tokens)
     real = (at >= 0).sum(1)
     lengths, R = pyramid_lengths(real, shares, recent)
     if len(lengths) != len(model.blocks): raise ValueError(f"shares must be {len(model.blocks)}, one for each layer, got {len(lengths)}")
     front = (at < 0).int().argsort(dim=1, stable=True)[:, :int(real.max())]        # padding to the end: then token i lies in slot i
-    tokens, at = tokens.gather(1, front), at.gather(1, front)
-    x, stands = model.embed(tokens), at
-    if model.shift is not None: x = x + model._previous(tokens, at, cache)
+    x, stands = x.gather(1, front.unsqueeze(2).expand(-1, -1, x.shape[2])), at.gather(1, front)
     for layer, block in enumerate(model.blocks):
         states = []
         x = block(x, positions=stands, cache=cache, layer=layer, states=states)    # keys and values of these tokens alone
@@ -93,7 +92,7 @@ def pyramid_prefill(
         mask = keep_best(protect(votes, state.positions[:, :1], sinks, R.unsqueeze(1)), count.unsqueeze(1))[:, 0]
         stays = mask.int().argsort(dim=1, descending=True, stable=True)[:, :int(count.max())]
         x, stands = x.gather(1, stays.unsqueeze(2).expand(-1, -1, x.shape[2])), stands.gather(1, stays).masked_fill(~mask.gather(1, stays), -1)
-    if cache is not None: model._advance(tokens, at, cache)
+    if cache is not None: model.advance(tokens, at, cache)
     last = stands.argmax(1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
     return model.head(model.norm(x.gather(1, last)))[:, 0], lengths
 

@@ -253,9 +253,11 @@ def _factors(self: Compression, keys, xs, scatter):
     "Means of rank r, and the same: a memory holds the distance to what all agreed on."
     starts = []
     for k, x in zip(keys, xs):                       # Q of the last step, cut or widened to the rank; the same on every rank
-        fresh = self.of(k).start(x.shape, torch.Generator().manual_seed(self.seed)).to(x.device)
-        old = self.starts.get(k, fresh[:, :0])[:, :self.of(k).rank]
-        starts.append(torch.cat([old, fresh[:, old.shape[1]:]], 1))
+        c, old = self.of(k), self.starts.get(k)
+        if old is None or old.shape[1] < c.rank:     # drawn on the CPU: the same on every device
+            fresh = c.start(x.shape, torch.Generator().manual_seed(self.seed)).to(x.device)
+            old = fresh if old is None else torch.cat([old, fresh[:, old.shape[1]:]], 1)
+        starts.append(old[:, :c.rank])
     P, Q = low_rank_mean([self.of(k).matrix(x) for k, x in zip(keys, xs)], starts, lambda xs: self._sums(None, xs, False)[0])
     self.starts.update(zip(keys, Q))
     sent = [(p @ q.T).view_as(x) for p, q, x in zip(P, Q, xs)]

@@ -7,15 +7,14 @@ __all__ = ['contrastive_losses', 'ring_contrastive_losses', 'ring_contrastive_by
 
 # %% ../../nbs/parallelism/05_contrastive.ipynb #b8f911e1
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..core.assign import full_float32
 from ..core.operators import operator
+from ..core.transport import as_given
 
 # %% ../../nbs/parallelism/05_contrastive.ipynb #cf564733
 def _tiles(
@@ -107,7 +106,7 @@ class _LogSumExps(Function):
         (x, y, scale, R, C), ring = ctx.saved_tensors, ctx.ring
         s, held, block = float(scale), ring.rank, [y, C, gC]
         to_x, gradients = own[:, None] * y, lambda: [own[:, None] * x]
-        with _as_given(x):
+        with as_given(x):
             for step in range(ring.world):
                 if more := step < ring.world - 1: coming = ring.pass_on(block, held)
                 rows, columns = _both_gradient(x, block[0], R, block[1], gR, block[2], s)
@@ -118,11 +117,6 @@ class _LogSumExps(Function):
         return (s * to_x).to(x.dtype), (s * to_y).to(y.dtype), (x * to_x).sum().to(scale.dtype), None
 
 # %% ../../nbs/parallelism/05_contrastive.ipynb #886431b8
-@contextmanager
-def _as_given(x):
-    "No autocast, which would widen 16-bit inputs that the kernels take as they are, and no TF32."
-    with torch.autocast(x.device.type, enabled=False), full_float32(): yield
-
 def _losses(x, y, scale, symmetric, **place):
     for name, t in {"x": x, "y": y}.items():
         if t.dim() != 2 or not t.is_floating_point(): raise ValueError(f"{name} must be a floating point matrix (pairs, features), got {t.dtype} {tuple(t.shape)}")
@@ -130,7 +124,7 @@ def _losses(x, y, scale, symmetric, **place):
     if place.get("alone") and not len(x): raise ValueError(f"x must hold at least one pair, got shape {tuple(x.shape)}")
     scale = torch.as_tensor(scale, dtype=_wide(x), device=x.device)
     if scale.dim() or not scale.detach().isfinite(): raise ValueError(f"scale must be one finite number, got {scale.tolist()}")
-    with _as_given(x):
+    with as_given(x):
         R, C, own = _LogSumExps.apply(x, y, scale, _Ring(x, float(scale.detach()), **place))
         return (R + C) / 2 - own if symmetric else R - own
 

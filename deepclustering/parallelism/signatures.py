@@ -38,7 +38,7 @@ def parts_of(
     _check(x, signature, check_int(world, "world"))
     if signature == "B": return [x] * world
     if signature[0] == "S": return list(x.chunk(world, int(signature[1:])))
-    noise = torch.rand(world, *x.shape, generator=as_generator(random_state), dtype=x.dtype)
+    noise = torch.rand(world, *x.shape, generator=as_generator(random_state), dtype=x.dtype).to(x.device)
     if signature == "P": return list(noise - noise.mean(0) + x / world)
     return list(torch.where(noise == noise.amax(0), x, x - noise - 0.1))
 
@@ -88,7 +88,7 @@ def boxing_bytes(
         if not (s in ("B", "P", "Pmax") or s[:1] == "S" and s[1:].isdigit()): raise ValueError(f"{name} must be B, P, Pmax or S and a dimension, got {s!r}")
     half = ring_bytes("all_gather", n, check_int(world, "world"))
     if source == target or source == "B": return 0
-    if source[0] == "S": return {"S": half / world, "B": half, "P": 0}[target[0]]
+    if source[0] == "S": return {"S": ring_bytes("all_to_all", n / world, world), "B": half, "P": 0}[target[0]]
     return 2 * half if target == "B" else half
 
 def box(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.checks import check_int
+from ..core.estimators import evaluating
 from .comparison import he
 
 # %% ../../nbs/pooling/04b_all_convolutional.ipynb #a74966ef
@@ -117,13 +118,9 @@ def guided_backpropagation(
     "What the score of `target` sends back to the input by a rule of @eq-rules, of the shape of x. Source: Springenberg et al., Striving for Simplicity, 2014, section 3.4 and figure 1 [unverified]. Other activations than ReLU send their gradient. `ValueError` naming the argument, also for a model that calls no ReLU."
     if rule not in RULES: raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
     if not x.is_floating_point(): raise ValueError(f"x must be floating point, got {x.dtype}")
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.enable_grad(), _Rules(rule) as mode:
-            x = x.detach().clone().requires_grad_()
-            scores = model.eval()(x)
-    finally:
-        for m, training in modes.items(): m.training = training
+    with torch.enable_grad(), evaluating(model), _Rules(rule) as mode:
+        x = x.detach().clone().requires_grad_()
+        scores = model(x)
     if not mode.met: raise ValueError("model must call a ReLU, or the three rules are one, got none")
     if scores.dim() != 2: raise ValueError(f"model must return scores (n, c), got shape {tuple(scores.shape)}")
     target = scores.argmax(1) if target is None else torch.as_tensor(target, device=x.device)

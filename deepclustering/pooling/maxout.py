@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.checks import check_int
+from ..core.estimators import evaluating
 
 # %% ../../nbs/pooling/04_maxout.ipynb #608af9c5
 def channel_max_pool(
@@ -63,14 +64,10 @@ def submodel_predictions(
     check_int(n_masks, "n_masks", 1)
     dropping = [m for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
     if not dropping: raise ValueError("net must have an active dropout layer, got none")
-    modes = {m: m.training for m in net.modules()}
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+    with torch.no_grad(), evaluating(net), torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.manual_seed(check_int(seed, "seed", 0))
-        net.eval()
         for m in dropping: m.train()
-        try: return torch.stack([net(x).log_softmax(-1) for _ in range(n_masks)])
-        finally:
-            for m, mode in modes.items(): m.training = mode
+        return torch.stack([net(x).log_softmax(-1) for _ in range(n_masks)])
 
 def geometric_mean(
     log_p, # log-probabilities `(m, n, c)` of m networks

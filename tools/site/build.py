@@ -2,7 +2,7 @@
 
 Pages were executed before (`make run`); here nbdev runs only the imports and definitions that it needs for signatures.
 """
-import base64, hashlib, json, os, re, shutil, subprocess, sys
+import base64, functools, hashlib, json, os, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -26,6 +26,9 @@ def stop(message): sys.exit(f"site: {message}")
 def digest(*parts): return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
+bytes_of = functools.cache(lambda *paths: digest(*map(Path.read_bytes, paths)))  # once for all pages: the index alone has half a megabyte
+
+
 def cached(make, *parts):
     "The text that `make()` returned for these parts, now or in an earlier build."
     path = CACHE / digest(*parts)
@@ -35,7 +38,7 @@ def cached(make, *parts):
 
 def process(source):
     "What nbdev_proc_nbs (which would try to install Quarto) makes of one notebook. Code runs for signatures, once for the same code."
-    notebook, index = CFG.nbs_path / source, CFG.lib_path / "_modidx.py"
+    notebook, made_by = CFG.nbs_path / source, bytes_of(CFG.config_file, CFG.lib_path / "_modidx.py")
     text = notebook.read_text() if notebook.exists() else stop(f"sidebar.yml lists {source}, which does not exist")
     def run(*skipped):
         from execnb import nbio
@@ -43,8 +46,8 @@ def process(source):
         procs = [proc for proc in processors.FilterDefaults().procs() if proc.__name__ not in skipped]
         process.NBProcessor(nb=(nb := nbio.read_nb(notebook)), procs=procs).process()
         return nbio.nb2str(nb)
-    code, common = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"], (CFG.config_file.read_text(), index.read_text())
-    page, executed = json.loads(cached(lambda: run("exec_show_docs"), text, common)), json.loads(cached(run, code, common))
+    code = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    page, executed = json.loads(cached(lambda: run("exec_show_docs"), text, made_by)), json.loads(cached(run, code, made_by))
     signatures = ([c for c in nb["cells"] if re.search(r"^show_doc\(", "".join(c["source"]), re.M)] for nb in (page, executed))
     for cell, shown in zip(*signatures): cell["outputs"] = shown["outputs"]
     return page
@@ -121,8 +124,7 @@ class Page:
             run = subprocess.run(command, input=markdown, capture_output=True, text=True)
             if run.stderr or run.returncode or "{{&lt;" in run.stdout: stop(f"{self.source}: {run.stderr or 'a shortcode, which only Quarto reads'}")
             return slim(run.stdout)
-        made_by = [Path(path).read_bytes() for path in (__file__, HERE / "quarto.lua", HERE / "body.html", bibliography)]
-        self.toc, self.body = cached(make, markdown, made_by).split("<!-- body -->")
+        self.toc, self.body = cached(make, markdown, bytes_of(Path(__file__), HERE / "quarto.lua", HERE / "body.html", bibliography)).split("<!-- body -->")
 
     def linked(self, pages):
         "The body with links to notebooks and to nbdev's API made relative; a symbol without a heading is found at its class or page."
