@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  here once, or in every rank for seconds: optimisers and DistributedDataParallel ask for it
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -28,28 +29,33 @@ def loss(model, x): return model(x).square().sum()
 # ---- the mean over items
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_mean_over_items_in_any_split(seed):
+def test_mean_over_items_in_any_split():
     "Against one gradient for each item, added up in a loop; some ranks may be empty."
-    x = torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    cuts = sorted(random.Random(seed).choices(range(10), k=3))  # four parts
-    wanted = [torch.zeros_like(p) for p in net().parameters()]
-    for item in x:
-        model = net()
-        loss(model, item[None]).backward()
-        for w, p in zip(wanted, model.parameters()): w += p.grad / len(x)
+    seeds = range(3)
+    def items(seed): return torch.randn(9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    def cuts(seed): return sorted(random.Random(seed).choices(range(10), k=3))  # four parts
+    def by_loop(x):
+        wanted = [torch.zeros_like(p) for p in net().parameters()]
+        for item in x:
+            model = net()
+            loss(model, item[None]).backward()
+            for w, p in zip(wanted, model.parameters()): w += p.grad / len(x)
+        return wanted
 
-    def work(rank, world):
-        model, mine = net(), x.tensor_split(cuts)[rank]
+    def work(rank, seed):
+        model, mine = net(), items(seed).tensor_split(cuts(seed))[rank]
         loss(model, mine).backward()
         average_gradients(model.parameters(), len(mine))
         bucketed = net()
         buckets = GradientBuckets(bucketed.parameters(), 200)
         with buckets.averaging(len(mine)): loss(bucketed, mine).backward()
         return [p.grad for p in model.parameters()], [p.grad for p in bucketed.parameters()]
-    for both in run(work, 4):
-        for grads in both:
-            for g, w in zip(grads, wanted): torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+    found = run(lambda rank, world: [work(rank, seed) for seed in seeds], 4)
+    for seed in seeds:
+        wanted = by_loop(items(seed))
+        for rank in found:
+            for grads in rank[seed]:
+                for g, w in zip(grads, wanted, strict=True): torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
 def test_a_rank_that_computed_nothing():
@@ -85,19 +91,19 @@ def test_groups_average_among_themselves():
 # ---- the ring
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
-@pytest.mark.parametrize("world, n", [(1, 0), (2, 0), (3, 1), (3, 10), (4, 3)])
-def test_ring_halves(world, n, dtype):
-    inputs = [torch.randint(50, (n,), generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)]
-    def work(rank, world):
-        x = inputs[rank].clone()
+@pytest.mark.parametrize("world, sizes", [(1, (0,)), (2, (0,)), (3, (1, 10)), (4, (3,))])
+def test_ring_halves(world, sizes):
+    cases = [(n, dtype) for n in sizes for dtype in (torch.int64, torch.float32, torch.float64)]
+    inputs = [[torch.randint(50, (n,), generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world)] for n, dtype in cases]
+    def halves(x):
         with count_bytes() as traffic: mine = ring_reduce_scatter(x).clone()
         return mine, ring_all_gather(x), traffic.sent("send"), traffic.received("recv")
-    total = sum(inputs)
-    found = run(work, world)
-    for rank, (mine, all_, _, _) in enumerate(found):
-        assert mine.dtype == dtype and mine.tolist() == total.tensor_split(world)[rank].tolist() and all_.tolist() == total.tolist()
-    assert sum(f[2] for f in found) == sum(f[3] for f in found) == world * ring_bytes("reduce_scatter", n * total.element_size(), world)
+    ranks = run(lambda rank, world: [halves(x[rank].clone()) for x in inputs], world)  # all cases in one set of ranks
+    for (n, dtype), x, found in zip(cases, inputs, zip(*ranks), strict=True):
+        total = sum(x)
+        for rank, (mine, all_, _, _) in enumerate(found):
+            assert mine.dtype == dtype and mine.tolist() == total.tensor_split(world)[rank].tolist() and all_.tolist() == total.tolist()
+        assert sum(f[2] for f in found) == sum(f[3] for f in found) == world * ring_bytes("reduce_scatter", n * total.element_size(), world)
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 3), torch.ones(()), torch.ones(6)[::2]], ids=["matrix", "scalar", "strided"])
@@ -121,17 +127,17 @@ def test_plan_properties(seed):
     for a, b in itertools.pairwise(plan): assert b[0].dtype != a[0].dtype or sum(p.nbytes for p in a) + b[0].nbytes > limit  # no bucket could have taken more
 
 
-@pytest.mark.parametrize("limit, many", [(1, 5), (10**6, 1)])
-def test_extreme_limits_and_torch(limit, many):
+def test_extreme_limits_and_torch():
     "As many buckets as parameters, or one; the same gradients as DistributedDataParallel, which averages over ranks."
     x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    def work(rank, world):
+    def work(limit, rank, world):
         ours, theirs = net(), nn.parallel.DistributedDataParallel(net())
         buckets = GradientBuckets(ours.parameters(), limit)
         with count_bytes() as traffic, buckets.averaging(3): loss(ours, x.tensor_split(world)[rank]).backward()
         (loss(theirs, x.tensor_split(world)[rank]) / 3).backward()
         return len(buckets.buckets), traffic.calls(), max((a.grad - b.grad).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters()))
-    for buckets, calls, error in run(work, 2): assert buckets == many and calls == many + 1 and error < 1e-14
+    for found in run(lambda rank, world: [work(limit, rank, world) for limit in (1, 10**6)], 2):
+        for many, (buckets, calls, error) in zip((5, 1), found, strict=True): assert buckets == many and calls == many + 1 and error < 1e-14
 
 
 def test_language_model_with_frozen_part_and_mixed_types():
@@ -238,13 +244,14 @@ DIFFERENT = {"shape": lambda r: [torch.ones(2 + r, requires_grad=True)], "number
              "order": lambda r: [torch.ones(2 + (r + i) % 2, requires_grad=True) for i in range(2)], "what learns": lambda r: [torch.ones(2, requires_grad=bool(r))], "nothing on one": lambda r: [torch.ones(2, requires_grad=True)] * r}
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
-def test_layouts_that_differ(what):
+def test_layouts_that_differ():
     "Every rank hears of it, so that none is left waiting."
-    def work(rank, world):
-        try: check_same_layout(DIFFERENT[what](rank))
+    def said(parameters):
+        try: check_same_layout(parameters)
         except ValueError as e: return str(e)
-    for said in run(work, 2): assert "parameters must be the same in number, shape, type and order on every rank" in said
+    for found in run(lambda rank, world: {what: said(make(rank)) for what, make in DIFFERENT.items()}, 2):
+        assert len(found) == 6
+        for what, text in found.items(): assert "parameters must be the same in number, shape, type and order on every rank" in text, what
 
 
 def test_a_rank_that_dies_in_backward():

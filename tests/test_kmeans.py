@@ -202,7 +202,8 @@ def test_memory_map_is_never_in_memory(tmp_path):
         path = {str(tmp_path / 'x.npy')!r}
         out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(800_000, 64))
         rng = np.random.default_rng(0)
-        for i in range(0, len(out), 50_000): out[i:i + 50_000] = rng.normal(size=(50_000, 64)) + rng.integers(0, 5, (50_000, 1))
+        part = (rng.normal(size=(50_000, 64)) + rng.integers(0, 5, (50_000, 1))).astype(np.float32)
+        for i in range(0, len(out), len(part)): out[i:i + len(part)] = part + i / len(out)  # sixteen times the same draw, moved
         out.flush(); del out
         def anonymous(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
         KMeans(3).fit(rng.normal(size=(5000, 64)).astype(np.float32))  # warm up the allocators

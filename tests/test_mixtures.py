@@ -1,6 +1,7 @@
 """`GaussianMixture` and `IncrementalGaussianMixture`: scikit-learn's checks and its EM step for step, SciPy's densities, NumPy's inverses, bad input, interruptions."""
 import pickle
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -167,10 +168,11 @@ def test_rank_one_is_the_inverse(d):
     with pytest.raises(ValueError, match="component 1"): rank_one(torch.eye(2).expand(2, 2, 2), torch.zeros(2), torch.tensor([[0., 0], [1, 1]]), torch.tensor([1., -.5]))
 
 
-def by_the_book(X, delta, beta, published=False):
-    "The incremental mixture with NumPy's inverse and SciPy's density, a component and a point at a time."
-    s2, gate, parts = (delta * X.std(0))**2, chi2.ppf(1 - beta, X.shape[1]), []
-    for x in X:
+@cache
+def by_the_book(n, delta, beta):
+    "The incremental mixture of the first n points with NumPy's inverse and SciPy's density, a component and a point at a time."
+    s2, gate, parts = (delta * X[:n].std(0))**2, chi2.ppf(1 - beta, X.shape[1]), []
+    for x in X[:n]:
         far = [(x - c["m"]) @ np.linalg.inv(c["C"]) @ (x - c["m"]) for c in parts]
         if not any(f < gate for f in far): parts.append({"s": 1., "m": x, "C": np.diag(s2)}); continue
         p = np.array([c["s"] * multivariate_normal.pdf(x, c["m"], c["C"]) for c in parts])
@@ -183,7 +185,7 @@ def by_the_book(X, delta, beta, published=False):
 @pytest.mark.parametrize("form", ["precision", "covariance"])
 @pytest.mark.parametrize("delta, beta", [(1., .05), (.6, .2), (2., 0)])
 def test_one_pass_by_the_book(form, delta, beta):
-    want = by_the_book(X[:150], delta, beta)
+    want = by_the_book(150, delta, beta)
     m = IncrementalGaussianMixture(delta, beta, form=form, device="cpu").fit(X[:150])
     assert m.n_components_ == len(want) and (beta > 0) == (len(want) > 1) and m.n_seen_ == 150
     np.testing.assert_allclose(m.masses_, [c["s"] for c in want], rtol=1e-8)
@@ -271,7 +273,11 @@ def test_bad_streams(bad, words):
     with pytest.raises(ValueError, match=words): IncrementalGaussianMixture(**bad).fit(X)
 
 
+@pytest.fixture(scope="module")
+def streamed(): return IncrementalGaussianMixture(**STREAM).fit(X)
+
+
 @pytest.mark.parametrize("known", [[], [0, 0], [5], [-1], [0, 1, 2, 3, 4], [[0]], [.5], [True]])
-def test_bad_places(known):
-    with pytest.raises(ValueError, match="known"): IncrementalGaussianMixture(**STREAM).fit(X).complete(X[:2, :1], known)
-    with pytest.raises(ValueError, match="columns"): IncrementalGaussianMixture(**STREAM).fit(X).complete(X[:2], [0, 1])
+def test_bad_places(known, streamed):
+    with pytest.raises(ValueError, match="known"): streamed.complete(X[:2, :1], known)
+    with pytest.raises(ValueError, match="columns"): streamed.complete(X[:2], [0, 1])

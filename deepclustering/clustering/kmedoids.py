@@ -332,11 +332,13 @@ def dissimilarities(
     if metric == "cosine": b = _directions(b)
     b_squares = b.square().sum(1)
     for i in range(0, len(x), rows):
-        a = x[i:i + rows].double() - shift
-        if metric == "manhattan": part = torch.cdist(a, b, p=1)
-        elif metric == "cosine": part = (1 - _directions(a) @ b.T).clamp_(min=0)
-        else: part = torch.addmm(b_squares + a.square().sum(1, keepdim=True), a, b.T, alpha=-2).clamp_(min=0)
-        out[i:i + rows] = part.sqrt_() if metric == "euclidean" else part
+        here, right = slice(i, i + rows), slice(i if same else 0, None)               # a table of x with itself is symmetric: what stands left of here is a mirror image
+        a, c = x[here].double() - shift, b[right]
+        if metric == "manhattan": part = torch.cdist(a, c, p=1)
+        elif metric == "cosine": part = (1 - _directions(a) @ c.T).clamp_(min=0)
+        else: part = torch.addmm(b_squares[right] + a.square().sum(1, keepdim=True), a, c.T, alpha=-2).clamp_(min=0)
+        out[here, right] = part.sqrt_() if metric == "euclidean" else part
+        if same: out[i + rows:, here] = out[here, i + rows:].T
     return out.fill_diagonal_(0) if same else out
 
 def _directions(
