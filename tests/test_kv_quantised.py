@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from deepclustering.core.tinylm import Cache, TinyLM
 from deepclustering.kv import QuantisedAttention, QuantisedCache, QuantisedCaches, bits_per_value, folded_product
-from deepclustering.kv.quantised import BLOCK, PLANES, dequantise, pack, quantise, unpack
+from deepclustering.kv.quantised import BLOCK, PLANES, dequantise, pack, quantise, unpack, with_quantised_attention
 
 
 def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -303,6 +303,19 @@ def twins(**config):
     ours = TinyLM(13, **config, attention=lambda dim: QuantisedAttention(dim, config["heads"], config["kv_heads"], config["head_dim"])).double().eval().requires_grad_(False)
     ours.load_state_dict(plain.state_dict())
     return plain, ours
+
+
+@pytest.mark.parametrize("config", [{}, {"shift": False, "depth": 3}, {"kv_heads": 1, "rope_base": 100.}], ids=str)
+def test_a_copy_with_quantised_attention(config):
+    "The same network in the same dtype, built here by hand; the model itself stays as it was."
+    torch.manual_seed(0)
+    config = {"dim": 24, "heads": 6, "kv_heads": 2, "head_dim": 6, "std": .4} | config
+    plain = TinyLM(13, **config).double()
+    by_hand = TinyLM(13, **config, attention=lambda dim: QuantisedAttention(dim, 6, config["kv_heads"], 6, config.get("rope_base", 1e4))).double().eval()
+    by_hand.load_state_dict(plain.state_dict())
+    made, tokens, settings = with_quantised_attention(plain), torch.randint(13, (2, 30), generator=torch.Generator().manual_seed(1)), dict(nbits=2, q_group_size=8, residual_length=7)
+    with torch.no_grad(): assert torch.equal(made(tokens, QuantisedCaches(**settings)), by_hand(tokens, QuantisedCaches(**settings)))
+    assert plain.training and not made.training and not any(isinstance(m, QuantisedAttention) for m in plain.modules()) and made.embed.weight is not plain.embed.weight
 
 
 @pytest.mark.parametrize("config", [{}, {"shift": False, "depth": 3}, {"heads": 2}, {"kv_heads": 1}], ids=str)

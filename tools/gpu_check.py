@@ -714,6 +714,39 @@ def one_step(kind):
 for kind in ("DEC", "IDEC", "DCN"): check(f"clustering.{kind} predict", unit_pixels, 1e-3, lambda x: (0, 0))(one_step(kind))
 
 
+def some_memberships(generator, big): return (torch.randn(*((200_000, 64) if big else (300, 5)), generator=generator).softmax(1),)
+
+
+@check("depict.balanced_targets", some_memberships, 1e-3, lambda p: (0, 0))
+def _(p):
+    from deepclustering.clustering.depict import balanced_targets
+    return balanced_targets(p), balanced_targets(p, "squared")
+
+
+def a_cloud(generator, big): return (torch.randn(20_000 if big else 300, 5, generator=generator),)
+
+
+@check("path_integral.path_increments", a_cloud, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.path_integral import directed_graph, path_increments, transitions
+    graph = directed_graph(x)
+    index, weight = transitions(graph)
+    labels = (10 * x[:, 0]).round().long().clamp(-10, 10) + 10
+    pairs = torch.tensor([[i, i + 1] for i in range(20)], device=x.device)
+    return graph.weight.float(), (1e4 * path_increments(index, weight, labels, pairs)).float()
+
+
+@check("clustering.DEPICT predict", unit_pixels, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.depict import DEPICT
+    from deepclustering.core.models import ConvAutoencoder
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        net = ConvAutoencoder((1, 8, 8), (8, 8), 5, kernel=(4, 5), padding=(0, 2), tanh=True)   # no noise: no draws that differ by device
+    model = DEPICT(5, encoder=net, pretrain_epochs=1, start_epochs=1, update_interval=1, max_iter=1, n_init=3, batch_size=1 << 20, random_state=0, progress=False).fit(x)
+    return torch.as_tensor((model.predict(x) == model.labels_).double().mean())[None], torch.tensor([float(model.report_.active)])
+
+
 # --- pooling.windows ----------------------------------------------------------------------------------------------------
 
 def a_map(shape, dtype=torch.float32, last=False, window=2, gradient=False, mean=0.):
@@ -1218,6 +1251,20 @@ def _(x, *weights):
     back = QSGD(12).decode(QSGD(12).encode(w, torch.Generator(w.device).manual_seed(0)), w)
     out.append(((back - w).abs().max() < w.abs().max() * 0.02).float())   # other noise on another device: a bound instead
     return tuple(out)
+
+
+@check("parallelism.LocalSGD", mlp, 1e-4, step_cost)
+def _(x, *weights):
+    from deepclustering.parallelism.local import LocalSGD, Outer
+    model = on_one_rank(x, weights)
+    optimizer, local = torch.optim.SGD(model.parameters(), lr=0.01), LocalSGD(model, 2, Outer(1., 0.5, penalty="gap", clip=0.05), delay=1)
+    for t in range(5):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step(); local.step()
+        if t == 2: local.load_state_dict(local.state_dict())
+    local.finish()
+    return tuple(p.detach() for p in model.parameters())
 
 
 def cut_layers(sequence):

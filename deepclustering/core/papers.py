@@ -177,7 +177,8 @@ def works_list(
         title, chapter = escape(p.title, quote=False), link(p.notebook.removeprefix("nbs/"), "chapter")
         if not full: items.append(f"<li>{link(f'papers/{p.family}.ipynb#{p.id}', title)}, {p.year}: {status[p]}, {chapter}</li>"); continue
         names = ", ".join(code(_address(s), s) for s in p.symbols)
-        tests = ", ".join(code(_SOURCE.format(t.partition("::")[0]), t.partition("::")[2]) for t in p.tests)
+        found = [t.partition("::")[::2] for t in p.tests]
+        tests = "; ".join(link(_SOURCE.format(f), escape(f.removeprefix("tests/"))) + " " + ", ".join(f"<code>{escape(name)}</code>" for g, name in found if g == f) for f in dict.fromkeys(f for f, _ in found))
         verdicts = [f"<br>{link(_SOURCE.format('results/ledger.jsonl'), r['verdict'])}: {escape(result_line(r), quote=False)}" for r in rows if r["paper"] == p.id]
         if len(verdicts) > MANY: verdicts[MANY:] = [f"<br>and more in the ledger, {_counted(r['verdict'] for r in rows if r['paper'] == p.id)} in all"]
         items.append(f'<li id="{p.id}"><strong>{title}</strong>, {p.year} <code>{p.id}</code><br>{chapter}: {names}; tests: {tests}{"".join(verdicts)}</li>')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'BLOCK', 'quantise', 'dequantise', 'pack', 'unpack', 'folded_product', 'QuantisedCache', 'QuantisedCaches',
-           'QuantisedAttention']
+           'QuantisedAttention', 'with_quantised_attention']
 
 # %% ../../nbs/kv/02_quantised.ipynb #f89f99dc
 import math
@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.checks import all_finite, check_int
-from ..core.tinylm import Attention, Cache
+from ..core.tinylm import Attention, Cache, TinyLM
 from .ragged import merge_attention
 
 # %% ../../nbs/kv/02_quantised.ipynb #1b83a109
@@ -322,3 +322,14 @@ class QuantisedAttention(Attention):
     def forward(self, x, positions, cache=None, layer=0, states=None):
         if not isinstance(cache, QuantisedCaches) or states is not None: return super().forward(x, positions, cache, layer, states)
         return self.o_proj(cache.step(layer, *self.project(x, positions), positions.expand(len(x), -1)).transpose(1, 2).flatten(2))
+
+# %% ../../nbs/kv/02_quantised.ipynb #afcbc132
+def with_quantised_attention(
+    model, # `TinyLM`
+):
+    "A copy of the model with `QuantisedAttention`, for a `QuantisedCaches`; in evaluation mode."
+    config = {k: v for k, v in model.config.items() if k != "attention"}
+    config["attention"] = lambda dim: QuantisedAttention(dim, config["heads"], config["kv_heads"], config["head_dim"], config["rope_base"])
+    twin = TinyLM(**config).to(next(model.parameters()))
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
