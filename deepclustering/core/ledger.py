@@ -153,7 +153,7 @@ def record(
         rows = {tuple(r[k] for k in KEY): r for r in read_ledger(path)}
         rows[tuple(row[k] for k in KEY)] = row
         scratch = path.with_suffix(".new")
-        scratch.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows.values()), encoding="utf-8")
+        scratch.write_text("".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in rows.values()), encoding="utf-8")
         os.replace(scratch, path)
     return row
 
