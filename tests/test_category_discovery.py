@@ -30,7 +30,7 @@ def prior_of(d, kappa=.7, nu=None, seed=0):
 def one(x): return moments(x, torch.ones(len(x), 1, dtype=torch.float64))
 
 
-@parametrize_with_checks([SemiSupervisedGaussianMixture(max_iter=8, device="cpu", random_state=0), SemiSupervisedGaussianMixture(labelled_moves=False, covariance_prior=.1, max_iter=8, device="cpu", random_state=0)])
+@parametrize_with_checks([SemiSupervisedGaussianMixture(device="cpu", random_state=0), SemiSupervisedGaussianMixture(labelled_moves=False, covariance_prior=.1, device="cpu", random_state=0)])
 def test_estimator_checks(estimator, check):
     check(estimator)
 

@@ -33,7 +33,7 @@ def random_tree(seed, n=500, ks=(60, 20, 6)):
     return [torch.randint(k - 1, (m,), generator=g) for m, k in zip((n, *ks), ks)]
 
 
-@parametrize_with_checks([HierarchicalKMeans(n_resampling=2, device="cpu"), HierarchicalKMeans([4, 3, 2], n_resampling=1, resample_how="random", device="cpu"), HierarchicalKMeans(3, n_resampling=0, device="cpu")])
+@parametrize_with_checks([HierarchicalKMeans(device="cpu"), HierarchicalKMeans([4, 3, 2], n_resampling=1, resample_how="random", device="cpu"), HierarchicalKMeans(3, n_resampling=0, device="cpu")])
 def test_estimator_checks(estimator, check):
     check(estimator)
 

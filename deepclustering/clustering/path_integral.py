@@ -116,7 +116,7 @@ def path_integral_clustering(
 ):
     """Merge groups by @eq-increment until k are left; labels `(n,)`, numbered by their first points. Deterministic: nothing is drawn.
 
-    Distances where `X` is, merges on the CPU, one after the other: seconds for 10,000 points, and g^2 numbers for g first groups. If no two groups have arrows both ways, the two smallest are merged, with a `ConvergenceWarning`.
+    Distances where `X` is, merges on the CPU, one after the other: some twenty seconds for 10,000 points, and g^2 numbers for g first groups. If no two groups have arrows both ways, the two smallest are merged, with a `ConvergenceWarning`.
     Source: as of `directed_graph`. `ValueError` for NaN and arguments out of range."""
     graph = X if isinstance(X, DirectedGraph) else directed_graph(X, n_neighbors, scale) if len(X) > 1 else None
     n = 1 if graph is None else len(graph.index)
