@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning
 
-from deepclustering.clustering.path_integral import directed_graph, path_increments, path_integral_clustering, transitions
+from deepclustering.clustering.path_integral import DirectedGraph, directed_graph, path_increments, path_integral_clustering, transitions
 from deepclustering.core.data import load_digits
 from deepclustering.core.metrics import ari, cluster_accuracy
 
@@ -106,6 +106,29 @@ def test_parts_without_arrows():
         warnings.simplefilter("error")
         four = path_integral_clustering(parts, 4, n_neighbors=4)
     assert four.tolist() == [i // 9 for i in range(36)]
+
+
+def test_a_way_back_that_only_the_union_has():
+    "A and B have arrows both ways, A one to C, C one to B: C gains nothing with either, and with both together."
+    index = torch.tensor([[1, 2], [0, 4], [3, 0], [2, 0], [5, 3], [4, 3]])
+    graph = DirectedGraph(index, torch.ones(6, 2, dtype=torch.float64), 1.)
+    P, z = dense(*transitions(graph)), .3
+    assert gain(P, [0, 1], [4, 5], z) == pytest.approx(0, abs=1e-15) == gain(P, [2, 3], [4, 5], z) and gain(P, [0, 1, 2, 3], [4, 5], z) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert path_integral_clustering(graph, 1, z=z).tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sparse_graphs_by_brute_force(seed):
+    "Two neighbours each: many pairs have arrows one way alone, and unions make new pairs."
+    graph = directed_graph(torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)), 2)
+    P, near = dense(*transitions(graph)), graph.index[:, 0].tolist()
+    for k in (6, 4, 3):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            labels = path_integral_clustering(graph, k, z=.2)
+        if not said: assert partition(labels) == merged(P, near, k, .2)
 
 
 @pytest.mark.parametrize("text, call", [

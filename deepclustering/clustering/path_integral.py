@@ -97,13 +97,6 @@ def _nearest_groups(index):
     n, near = len(index), index[:, 0].cpu().numpy()
     return torch.as_tensor(connected_components(coo_array((near >= 0, (range(n), near)), shape=(n, n)), directed=False)[1], dtype=torch.int64)
 
-def _linked(index, labels):
-    "Pairs `(T, 2)` of groups with arrows both ways, the lower number first."
-    k = int(labels.max()) + 1
-    arrows = torch.unique(labels[:, None] * k + labels[index])
-    a, b = arrows // k, arrows % k
-    return torch.stack([a, b], 1)[(a < b) & torch.isin(b * k + a, arrows)]
-
 # %% ../../nbs/clustering/11b_path_integral.ipynb #bd584b7a
 def path_integral_clustering(
     X,              # points `(n, d)`, or their `DirectedGraph`
@@ -118,20 +111,22 @@ def path_integral_clustering(
 
     Distances where `X` is, merges on the CPU, one after the other: some twenty seconds for 10,000 points, and g^2 numbers for g first groups. If no two groups have arrows both ways, the two smallest are merged, with a `ConvergenceWarning`.
     Source: as of `directed_graph`. `ValueError` for NaN and arguments out of range."""
-    graph = X if isinstance(X, DirectedGraph) else directed_graph(X, n_neighbors, scale) if len(X) > 1 else None
-    n = 1 if graph is None else len(graph.index)
-    check_int(n_clusters, "n_clusters", high=n, why="the number of points")
+    given = isinstance(X, DirectedGraph)
+    n, like_this = (len(X.index), X.index) if given else (len(as_tensor(X)), X)
+    check_int(n_clusters, "n_clusters", high=n, why="the number of points"), check_int(n_neighbors, "n_neighbors"), check_number(scale, "scale")
     if not 0 < check_number(z, "z") < 1: raise ValueError(f"z must be between 0 and 1, got {z!r}")
-    like_this = graph.index if graph is X else X
     if n_clusters == n: return like(torch.arange(n), like_this)
+    graph = X if given else directed_graph(X, n_neighbors, scale)
     index, weight = (t.cpu() for t in transitions(graph))
     labels = _nearest_groups(graph.index)
     if (g := int(labels.max()) + 1) < n_clusters: labels, g = torch.arange(n), n
-    check_memory(16 * g**2, f"the gains between {g:,} groups", instead="start from k-means, or cluster a sample")
+    check_memory(17 * g**2, f"the gains between {g:,} groups", instead="start from k-means, or cluster a sample")
     gain, sizes, cut = torch.zeros(g, g, dtype=torch.float64), torch.bincount(labels), 0
     def put(pairs):
         for part in pairs.split(4096): gain[part[:, 0], part[:, 1]] = gain[part[:, 1], part[:, 0]] = path_increments(index, weight, labels, part, z)
-    put(_linked(index, labels))
+    arrows = torch.zeros(g, g, dtype=torch.bool)
+    arrows[labels[:, None].expand_as(index), labels[index]] = True
+    put((arrows & arrows.T).triu(1).nonzero())
     best, partner = gain.max(1)
     for _ in progress_bar("merges", progress, g - n_clusters, "merge", range(g - n_clusters)):
         a = int(best.argmax()); b = int(partner[a])
@@ -139,7 +134,9 @@ def path_integral_clustering(
         a, b = min(a, b), max(a, b)
         labels[labels == b] = a
         sizes[a], sizes[b] = sizes[a] + sizes[b], 0
-        touched = (gain[a] + gain[b] > 0).index_fill(0, torch.tensor([a, b]), False).nonzero()[:, 0]
+        arrows[a] |= arrows[b]; arrows[:, a] |= arrows[:, b]
+        arrows[b] = arrows[:, b] = False
+        touched = (arrows[a] & arrows[:, a]).index_fill(0, torch.tensor([a, b]), False).nonzero()[:, 0]
         gain[[a, b]] = gain[:, [a, b]] = 0
         put(torch.stack([torch.full_like(touched, a), touched], 1))
         again = torch.cat([touched, torch.tensor([a, b])])
