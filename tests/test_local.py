@@ -339,19 +339,68 @@ def test_a_rank_that_dies_is_reported():
 
 
 @ranks
+def test_it_keeps_three_numbers_for_each_parameter():
+    "And one word of a message, one length: storages, so that no view keeps more alive."
+    def work(rank, world):
+        local = LocalSGD(nn.Linear(40, 25), 1, Outer(momentum=0.5, penalty="gap"), 1)
+        for _ in range(3): local.step()
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (local.x, local.b, local.outer.m, local.outer.moved, local.pending[0]) if t.untyped_storage().nbytes()}
+        return sum(kept.values())
+    assert run(work, 1) == [4 * (3 * 1025 + 2)]
+
+
+@ranks
+@pytest.mark.parametrize("delay, waited", [(0, [0] * 3 + [1] * 4 + [2] * 4 + [3]), (1, [0] * 7 + [1] * 4 + [2])])
+def test_a_late_round_does_not_wait_for_its_own_message(delay, waited, monkeypatch):
+    "How many messages were waited for after each of twelve steps, without a clock."
+    def work(rank, world):
+        local, real, seen, after = LocalSGD(net(), 4, delay=delay), dist.all_reduce, [], []
+        class Watched:
+            def __init__(self, work): self.work = work
+            def wait(self): seen.append(1); self.work.wait()
+        monkeypatch.setattr(dist, "all_reduce", lambda *args, async_op, **kwargs: Watched(real(*args, async_op=True, **kwargs)))
+        for _ in range(12):
+            local.step()
+            after.append(len(seen))
+        local.finish()
+        return after
+    assert run(work, 2) == [waited] * 2
+
+
+@ranks
+def test_wide_buffers_stay_wide_and_close_settings_differ():
+    def work(rank, world):
+        model = nn.Linear(2, 2)                                                 # float32
+        model.register_buffer("extra", torch.tensor([1 / 3], dtype=torch.float64))
+        local = LocalSGD(model, 1)
+        local.step()
+        return local.buffers[0].item(), repr(Outer(0.12345671)) == repr(Outer(0.12345674))
+    assert run(work, 2) == [(1 / 3, False)] * 2
+
+
+def with_buffer(values):
+    model = net()
+    model.register_buffer("extra", values)
+    return model
+
+
+@ranks
 def test_bad_arguments_and_foreign_states():
     def work(rank, world):
         said, used = [], Outer(0.7, 0.9, True, "gap")
         used.step(torch.zeros(3), torch.ones(3))
         state = LocalSGD(net(), 2).state_dict()
         for call in (lambda: LocalSGD(net(), 0), lambda: LocalSGD(net(), 1.5), lambda: LocalSGD(net(), 2, delay=2), lambda: LocalSGD(net(), 2, outer=0.7), lambda: LocalSGD(net(), 2, outer=used), lambda: LocalSGD(net(), 3).load_state_dict(state),
-                     lambda: LocalSGD(net(), 2, delay=1).load_state_dict(state), lambda: LocalSGD(nn.Linear(2, 2), 2).load_state_dict(state)):
+                     lambda: LocalSGD(net(), 2, delay=1).load_state_dict(state), lambda: LocalSGD(nn.Linear(2, 2), 2).load_state_dict(state), lambda: LocalSGD(net(), 2, Outer(0.5)).load_state_dict(state),
+                     lambda: LocalSGD(with_buffer(torch.zeros(3)), 2).load_state_dict(state), lambda: LocalSGD(with_buffer(torch.tensor([0., -torch.inf])), 2)):
             try: call()
             except ValueError as e: said.append(str(e))
         return said
     assert run(work, 1)[0] == ["every must be at least 1, got 0", "every must be a whole number at least 1, got 1.5", "delay must be between 0 and 1, got 2", "outer must be None or an Outer that has taken no step, got 0.7",
                                "outer must be None or an Outer that has taken no step, got Outer(rate=0.7, momentum=0.9, nesterov=True, penalty='gap', clip=inf)",
-                               "state must be of a LocalSGD with the same every, got 2 for 3", "state must be of a LocalSGD with the same delay, got 0 for 1", "state must be of a LocalSGD with the same parameters, got 41 for 6"]
+                               "state must be of a LocalSGD with the same every, got 2 for 3", "state must be of a LocalSGD with the same delay, got 0 for 1", "state must be of a LocalSGD with the same parameters, got 41 for 6",
+                               "state must be of a LocalSGD with the same outer, got Outer(rate=1.0, momentum=0.0, nesterov=False, penalty=1.0, clip=inf) for Outer(rate=0.5, momentum=0.0, nesterov=False, penalty=1.0, clip=inf)",
+                               "state must be of a LocalSGD with the same buffers, got 0 for 3", "model must have buffers that are finite, as they are averaged; a mask of -inf can be one of booleans"]
 
 
 @pytest.mark.parametrize("message, call", [

@@ -35,7 +35,7 @@ def test_a_mixed_ledger_is_what_the_kernel_counts():
     expected = ledger_bytes([Traffic(Message(*m) for m in t) for _, t in ranks])
     x, part = 4 * (2**20 + 7), 4 * (2**19 + 3)
     assert expected == pytest.approx(8 * x + 20 * part + 4 * x + 4 * part + x)  # by hand: all-reduce, all-gather, broadcast, scatter, send
-    assert abs(ranks[0][0] / expected - 1) < 0.01
+    assert -0.0005 < ranks[0][0] / expected - 1 < 0.01                           # headers are taken off, none is longer
 
 
 def test_what_is_not_allowed_has_a_name(monkeypatch):

@@ -35,7 +35,7 @@ class Outer:
         if penalty != "gap" and penalty < 1: raise ValueError(f"penalty must be at least 1, or 'gap', got {penalty}")
         self.clip = math.inf if clip is None else check_number(clip, "clip")
         self.m = self.moved = None
-    def __repr__(self): return f"Outer(rate={self.rate:g}, momentum={self.momentum:g}, nesterov={self.nesterov}, penalty={self.penalty!r}, clip={self.clip:g})"
+    def __repr__(self): return f"Outer(rate={self.rate}, momentum={self.momentum}, nesterov={self.nesterov}, penalty={self.penalty!r}, clip={self.clip})"
     def step(self,
         x,          # `(..., N)` outer parameters, changed in place
         change,     # `(..., N)` Δ, mean over ranks
@@ -55,13 +55,13 @@ class Outer:
         return 1 + self.moved / change.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(change.dtype).tiny)
 
 # %% ../../nbs/parallelism/04b_local.ipynb #e22a3526
-def _flat(tensors, like): return torch.cat([like[:0], *(t.detach().flatten().to(like.dtype) for t in tensors)])
+def _flat(tensors, like): return torch.cat([like[:0], *(t.detach().flatten().to(like) for t in tensors)])
 
 class LocalSGD:
     """Every rank trains alone; after each `every` steps their changes are averaged and one `Outer` step is taken with them, at once or one round late.
 
     `local = LocalSGD(model, 16)`, then `local.step()` after each step of any inner optimiser, and `local.finish()` at the end. All ranks must begin equal and take equally many steps. The optimiser stays with its rank; nothing of it is sent.
-    Memory beside the model: x, momentum and one message, 3 N numbers of float32 or wider. Source: see `Outer`; the delay is CO2's. `ValueError`, on every rank, if models differ in layout or values, or settings differ."""
+    Memory beside the model: x, momentum and one message, 3 N numbers of float32 or wider. Source: see `Outer`; the delay is CO2's. `ValueError`, on every rank, if models differ in layout or values, have buffers that are not finite, or valid settings differ."""
     def __init__(self,
         model,      # module; parameters that require no gradient are left alone, buffers of floats are averaged
         every,      # H, local steps in a round
@@ -75,7 +75,7 @@ class LocalSGD:
         self.learned, self.buffers = [p for p in model.parameters() if p.requires_grad], [b for b in model.buffers() if b.is_floating_point()]
         self.outer, self.steps, self.pending, self.flag = Outer() if outer is None else outer, 0, None, None
         wide = torch.float32
-        for p in self.learned: wide = torch.promote_types(wide, p.dtype)
+        for t in (*self.learned, *self.buffers): wide = torch.promote_types(wide, t.dtype)
         self.x = _flat(self.learned, self.learned[0].new_empty(0, dtype=wide))
         self.b = _flat(self.buffers, self.x)
         code = 0
@@ -84,6 +84,7 @@ class LocalSGD:
         for what, code in (("model must have the same values on every rank at the start (broadcast_state(model) makes them so)", code), ("every, delay and outer must be the same on every rank", settings)):
             codes = self._everyones(code)
             if others := [r for r, c in enumerate(codes) if c != codes[0]]: raise ValueError(f"{what}, got others than rank 0's on {others}")
+        if not all(bool(b.isfinite().all()) for b in self.buffers): raise ValueError("model must have buffers that are finite, as they are averaged; a mask of -inf can be one of booleans")
 
     @property
     def nbytes(self):
@@ -115,7 +116,7 @@ def _receive(self: LocalSGD):
     (message, work), self.pending = self.pending, None
     if work is not None: work.wait()
     world = dist.get_world_size(self.group)
-    *_, done = message
+    done = message[-1]
     if not message.isfinite().all(): raise ValueError(f"model must be finite at the end of a round, got NaN or infinity on ranks {[r for r, ok in enumerate(self._everyones(int(self.flag))) if not ok]}")
     if done not in (0, world): raise ValueError(f"step must be called equally often on every rank, got {int(done)} of {world} ranks that had finished while others began a further round")
     return message[:-1] / world
@@ -123,7 +124,8 @@ def _receive(self: LocalSGD):
 @patch
 def _apply(self: LocalSGD, mean, late):
     "The outer step; buffers become their mean."
-    change, self.b = mean.split([len(self.x), len(self.b)])
+    change, b = mean.split([len(self.x), len(self.b)])
+    self.b = b.clone()                                                   # a view would keep all of `mean`
     self.outer.step(self.x, change, late)
 
 @patch
@@ -177,15 +179,15 @@ def state_dict(self: LocalSGD):
         message, work = self.pending
         if work is not None: work.wait()
         self.pending = message, None
-    return {"every": self.every, "delay": self.delay, "steps": self.steps, "x": self.x.clone(), "b": self.b.clone(), "flag": self.flag,
+    return {"every": self.every, "delay": self.delay, "outer": repr(self.outer), "steps": self.steps, "x": self.x.clone(), "b": self.b.clone(), "flag": self.flag,
             "message": None if self.pending is None else self.pending[0].clone(), **{k: None if v is None else v.clone() for k, v in (("m", self.outer.m), ("moved", self.outer.moved))}}
 
 @patch
 def load_state_dict(self: LocalSGD,
     state, # what `state_dict` gave on this rank
 ):
-    "Go on from there. `ValueError` for a state of another `every`, `delay` or number of parameters."
-    for name, mine, theirs in (("every", self.every, state["every"]), ("delay", self.delay, state["delay"]), ("parameters", len(self.x), len(state["x"]))):
+    "Go on from there. `ValueError` for a state of another `every`, `delay`, `outer` or number of parameters or buffers."
+    for name, mine, theirs in (("every", self.every, state["every"]), ("delay", self.delay, state["delay"]), ("outer", repr(self.outer), state["outer"]), ("parameters", len(self.x), len(state["x"])), ("buffers", len(self.b), len(state["b"]))):
         if mine != theirs: raise ValueError(f"state must be of a LocalSGD with the same {name}, got {theirs} for {mine}")
     copy = lambda t: None if t is None else t.to(self.x.device, copy=True)
     self.steps, self.x, self.b, self.flag, self.outer.m, self.outer.moved = state["steps"], *(copy(state[k]) for k in ("x", "b", "flag", "m", "moved"))
