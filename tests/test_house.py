@@ -51,6 +51,7 @@ def test_lazy_names(package):
     indexed, public = modules(package) | {n for n, _ in symbols(package)}, {n for n in dir(loaded) if not n.startswith("_")}
     exported = Counter(name for m in modules(package) for name in getattr(importlib.import_module(f"{package}.{m}"), "__all__", ()))
     assert public == indexed | {name for name in public if exported[name] == 1 and not isinstance(getattr(loaded, name), (type, FunctionType))}   # constants that `attach` is told of
+    for name in public - indexed: assert any(getattr(importlib.import_module(f"{package}.{m}"), name, None) is getattr(loaded, name) for m in modules(package) if name in getattr(importlib.import_module(f"{package}.{m}"), "__all__", ()))
     for name, module in symbols(package):
         assert getattr(importlib.import_module(package), name) is getattr(importlib.import_module(module), name)
     for name in modules(package): assert find_spec(f"{package}.{name}")

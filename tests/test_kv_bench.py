@@ -182,7 +182,7 @@ def test_pace_is_a_ratio_to_the_full_cache(bench):
 
 # --- what was recorded --------------------------------------------------------------------------------------------------
 
-ROWS = [r for r in read_ledger(ROOT / "results/ledger.jsonl") if r["notebook"] == STUDY]
+ROWS = [r for r in read_ledger(ROOT / "results") if r["notebook"] == STUDY]
 
 
 def numbers(note): return {part.split(" ")[0]: np.array(part.split(" ")[1:], float) for part in note.split("; ")}

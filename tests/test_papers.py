@@ -19,14 +19,14 @@ def shared(name): return [json.loads(line) for line in (SHARED[0] / name).read_t
 
 
 def test_links_lead_somewhere():
-    rows = read_ledger(ROOT / "results" / "ledger.jsonl")
+    rows = read_ledger(ROOT / "results")
     wrong = {p.id: missing for p in papers.catalogue() if (missing := papers.broken_links(p, rows, ROOT))}
     assert not wrong, wrong
 
 
 def test_what_was_measured_is_in_the_catalogue():
     known = {p.id for p in papers.catalogue()}
-    assert not [r["paper"] for r in read_ledger(ROOT / "results" / "ledger.jsonl") if r["paper"] not in known | {None}]
+    assert not [r["paper"] for r in read_ledger(ROOT / "results") if r["paper"] not in known | {None}]
 
 
 def generated(path):

@@ -7,25 +7,28 @@
 The last line reads `N passed, N failed, N skipped`; the exit code is 0 when nothing failed.
 """
 import argparse
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("core", "clustering", "pooling", "moe", "kv", "parallelism", "tool")
 # Seconds that a family may cost in all, so that the whole command stays under 25 minutes on two cores. What counts is the processor's time, of
-# children too: a busy machine makes the clock run on, and a share that depends on the neighbours would say nothing about the family. The families
-# with twice as many chapters as the others have more, and so has kv, whose stand-ins a fresh machine trains first, for a minute and a half.
-SHARE = {"core": 330, **dict.fromkeys(FAMILIES[1:], 240), "clustering": 400, "kv": 300, "parallelism": 320, "kernels": 300, "site": 120, "house": 180, "tool": 120}
+# children too: a busy machine makes the clock run on, and a share that depends on the neighbours would say nothing about the family.
+SHARE = {"core": 330, **dict.fromkeys(FAMILIES[1:], 240), "clustering": 320, "kernels": 300, "site": 120, "house": 180, "tool": 120}
 # Test files whose name starts with neither a family nor the name of a module.
 FAMILY_OF_TEST = {"test_estimators": "clustering", "test_gpu_check": "kernels"}
 WORKERS, TIMEOUT, SLOWEST = 2, 600, 15
@@ -46,6 +49,7 @@ class Item:
     counts: Counter = field(default_factory=Counter)
     parts: list = field(default_factory=list)  # (seconds, name) of the single tests inside
     output: str = ""
+    call: object = None             # instead of `command`: a function for a fork of this process, which has the heavy imports
 
 
 # --- what there is to run ---------------------------------------------------------------------------------------------
@@ -100,11 +104,11 @@ def make_items(paths, deep, scratch):
             if uses_flag(path, "slow"): items.append(Item(name, family, [py, me, "--notebook", name, "--slow"], 3600))
         elif kind == ".ipynb" and is_study(path):
             items.insert(0, Item(name, family, [py, "tools/run.py", name, "-p", "SCALE=smoke"]))
-        elif kind == ".ipynb": items.append(Item(name, family, [py, me, "--notebook", name]))
+        elif kind == ".ipynb": items.append(Item(name, family, [py, me, "--notebook", name], call=partial(run_notebook, path, False)))
         else:
             report = Path(scratch) / f"{path.stem}.xml"
             command = [py, "-m", "pytest", name, "-m", "slow" if deep else "not slow", f"--junitxml={report}", "--tb=short", "-p", "no:cacheprovider"]
-            items.append(Item(name, family, command, 3600 if deep else TIMEOUT, report))
+            items.append(Item(name, family, command, 3600 if deep else TIMEOUT, report, call=partial(run_tests, command[3:])))
     if deep:
         nbs = [str(p) for p in select(paths) if p.suffix == ".ipynb"]
         if nbs: items.append(Item("mutation check", "house", [py, "tools/mutate.py", *nbs], 4 * 3600))
@@ -137,12 +141,46 @@ def _wait(process, deadline):
     return "timeout" if late else process.returncode, ended[2].ru_utime + ended[2].ru_stime
 
 
+def preload():
+    """What nearly every item imports, here, once: 183 processes with three seconds of imports each were a quarter of the suite's work.
+
+    Nothing of the package itself, nothing that starts a thread, and not Triton, whose interpreter is chosen when it is imported."""
+    os.environ.update(ONE_THREAD)
+    import fastcore.test, IPython, matplotlib.pyplot, nbdev.test, pytest, scipy.stats, sklearn.utils.estimator_checks, torch  # noqa: F401
+    assert "triton" not in sys.modules and not [m for m in sys.modules if m.startswith("deepclustering.")]
+
+
+@dataclass(eq=False)
+class Fork:
+    "What `_wait` and `_kill` need of a `Popen`."
+    pid: int
+
+
+def fork(call, log):
+    "Run `call()` in a fork of this process, output to `log`; its result is the exit code. As `Popen` with a session of its own."
+    sys.stdout.flush()
+    if pid := os.fork(): return Fork(pid)
+    code = 1
+    try:
+        os.setsid()
+        for mine, fd in ((os.open(os.devnull, os.O_RDONLY), 0), (log.fileno(), 1), (log.fileno(), 2)): os.dup2(mine, fd)
+        os.chdir(ROOT)
+        code = int(call())
+    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException: traceback.print_exc()
+    finally:
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush(); sys.stderr.flush()
+        finally: os._exit(code)
+
+
 def run(item):
     "Run an item in a process group of its own; nothing of it outlives the call."
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(item.command, cwd=ROOT, env=os.environ | ONE_THREAD, stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = fork(item.call, log) if item.call else subprocess.Popen(item.command, cwd=ROOT, env=os.environ | ONE_THREAD, stdin=subprocess.DEVNULL, stdout=log,
+                                                                          stderr=subprocess.STDOUT, start_new_session=True)
         _alive.add(process)
         code, item.work = _wait(process, start + item.timeout)
         _alive.discard(process)
@@ -171,6 +209,13 @@ def run_notebook(path, slow):
     from nbdev.test import test_nb
     path = (ROOT / path).resolve()
     return not test_nb(path, skip_flags=SKIP_FLAGS, force_flags=["slow"] if slow else [], basepath=ROOT)[0]
+
+
+def run_tests(arguments):
+    "pytest in this process, as `python -m pytest` starts it; the exit code."
+    import pytest
+    sys.path[0], sys.argv = str(ROOT), ["pytest", *arguments]
+    return pytest.main(arguments)
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------
@@ -210,8 +255,10 @@ def main():
     parser.add_argument("--slow", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.notebook: return run_notebook(args.notebook, args.slow)
-    with tempfile.TemporaryDirectory() as scratch:
+    scratch = tempfile.mkdtemp()  # no TemporaryDirectory: the first fork that ends would take it along
+    try:
         items, start = make_items(args.paths, args.deep, scratch), time.perf_counter()
+        preload()
         # Benchmarks and mutants use both cores themselves, or need them quiet.
         with ThreadPoolExecutor(1 if args.deep else WORKERS) as pool:
             futures = [pool.submit(run, i) for i in items]
@@ -229,6 +276,7 @@ def main():
                 return 130
         print(f"\n{len(items)} processes in {time.perf_counter() - start:.0f} s")
         return 1 if report(items, limits=not args.paths and not args.deep) else 0
+    finally: shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

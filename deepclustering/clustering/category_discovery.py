@@ -18,7 +18,7 @@ from .mixtures import GaussianMixture, Mixture, _centred_blocks, _points, log_sh
 from ..core.aggregate import segment_max, segment_mean, segment_sum
 from ..core.assign import nearest, soft_assign
 from ..core.checks import as_generator, as_tensor, check_int, like, progress_bar
-from ..core.lloyd import block_rows, squared_distances, sum_by_label
+from ..core.lloyd import squared_distances, sum_by_label
 
 # %% ../../nbs/clustering/08_category_discovery.ipynb #230111c1
 class Prior(NamedTuple):
@@ -55,7 +55,7 @@ def label_moments(
     def outer(x, labels):
         z = x - means[labels]
         return segment_sum((z[:, :, None] * z[:, None]).flatten(1), labels, k, check=False)
-    rows = block_rows(x.shape[1], x.shape[1], x.device)                              # of a block, whose outer products have d * d entries a row
+    rows = max(1, (2**25 if x.is_cuda else 2**22) // x.shape[1] ** 2)                # of a block, whose outer products have d * d entries a row
     return Moments(labels.bincount(minlength=k).to(x), means, sum(map(outer, x.split(rows), labels.split(rows))).view(k, *means.shape[1:] * 2))
 
 # %% ../../nbs/clustering/08_category_discovery.ipynb #883ee9d5

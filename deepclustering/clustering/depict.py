@@ -149,10 +149,13 @@ def _arguments(self, n):
 def _autoencoder(self, shape, d, seed):
     "A copy of the caller's, or ours with weights that `seed` draws."
     if self.encoder is not None: return deepcopy(self.encoder)
-    noise = list(self.noise)
+    noise = list(self.noise) if isinstance(self.noise, (list, tuple)) else [self.noise]
+    if not noise: raise ValueError(f"noise must be a probability below 1, or one a layer, got {self.noise!r}")
+    if shape is not None and len(self.channels) != 2: raise ValueError(f"channels must be two, of the kernels 4 and 5, got {self.channels!r}: pass an encoder for another network")
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         if shape is None: return MLPAutoencoder(d, tuple(self.widths), noise=noise[0])
+        if len(noise) == 1: noise *= 3
         return ConvAutoencoder(shape, tuple(self.channels), self.n_clusters, kernel=(4, 5), padding=(0, 2), tanh=True, noise=noise)
 
 def _first_labels(self, z, seed):
@@ -186,7 +189,7 @@ def fit(self: DEPICT,
         module = _Headed(net, z, first, self.n_clusters)
         held, rest = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device).tensor_split([n // 10])
         if not len(held): held = rest
-        stage("start", module, self._loss, (x[rest], first[rest]), epochs=self.start_epochs, patience=self.patience, validate=lambda m: float(F.cross_entropy(m(x[held]), first[held])))
+        stage("start", module, self._loss, (x[rest], first[rest]), epochs=self.start_epochs, patience=self.patience, validate=lambda m: float(F.cross_entropy(m.head(encode_all(m.net, x[held])), first[held])))
         self.n_iter_ = refine(module, x, self._assign, self._target, self._loss, optimizer=adam(module.parameters()), update_interval=self.update_interval or -(-n // self.batch_size), tol=self.tol, max_iter=self.max_iter,
                               records=self.history_, **keywords)
     except KeyboardInterrupt as e: stop = e

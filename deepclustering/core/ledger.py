@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'VERDICTS', 'KEY', 'check_row', 'find_root', 'git_commit', 'device_name', 'row', 'read_ledger', 'record',
-           'resume_runs', 'Table', 'gpu_results', 'gpu_table']
+           'ledger_file', 'resume_runs', 'Table', 'gpu_results', 'gpu_table']
 
 # %% ../../nbs/core/05_ledger.ipynb #b7002717
 import json
@@ -129,10 +129,11 @@ def row(
 
 # %% ../../nbs/core/05_ledger.ipynb #ff7ace10
 def read_ledger(
-    path=None, # the file; the project's results/ledger.jsonl if None
+    path=None, # a file, or a folder with the files of `ledger_file`; None: the project's results
 ):
     "All rows, checked; an empty list where there is no file yet. `ValueError` names the line that is wrong."
-    path = _ledger_path(path)
+    path = Path(path) if path else find_root() / "results"
+    if path.is_dir(): return [row for name in sorted(path.glob("ledger*.jsonl")) for row in read_ledger(name)]
     if not path.exists(): return []
     rows = []
     for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -143,12 +144,12 @@ def read_ledger(
 def record(
     row,          # from `row`
     record=False, # write it
-    path=None,    # the file; the project's results/ledger.jsonl if None
+    path=None,    # the file; None: the project's, by `ledger_file`
 ):
     "Check `row` and return it; with `record=True` also put it into the ledger, in place of an older row with the same key."
     check_row(row)
     if not record: return row
-    path = _ledger_path(path)
+    path = Path(path) if path else find_root() / ledger_file(row["notebook"])
     with _locked(path.parent):
         rows = {tuple(r[k] for k in KEY): r for r in read_ledger(path)}
         rows[tuple(row[k] for k in KEY)] = row
@@ -158,7 +159,11 @@ def record(
     return row
 
 # %% ../../nbs/core/05_ledger.ipynb #e744ca6a
-def _ledger_path(path): return Path(path) if path else find_root() / "results" / "ledger.jsonl"
+def ledger_file(
+    notebook, # path from the root of the project
+):
+    "The file for a notebook's rows, from the root: the studies have one of their own."
+    return f"results/ledger{'-studies' * notebook.startswith('nbs/studies/')}.jsonl"
 
 @contextmanager
 def _locked(folder):

@@ -19,7 +19,7 @@ from posixpath import dirname, relpath
 from typing import NamedTuple
 
 from .lazy import exported_names
-from .ledger import read_ledger
+from .ledger import ledger_file, read_ledger
 
 # %% ../../nbs/core/06_papers.ipynb #613d713f
 FAMILIES = ("clustering", "pooling", "moe", "kv", "parallelism")
@@ -98,8 +98,8 @@ def paper_status(
 
 def ledger_rows():
     "The rows of the ledger beside the package, or None: an installed package has no ledger."
-    path = Path(str(files("deepclustering"))).parent / "results" / "ledger.jsonl"
-    return read_ledger(path) if path.exists() else None
+    folder = Path(str(files("deepclustering"))).parent / "results"
+    return read_ledger(folder) if folder.exists() else None
 
 # %% ../../nbs/core/06_papers.ipynb #7515336e
 def find_papers(
@@ -179,7 +179,7 @@ def works_list(
         names = ", ".join(code(_address(s), s) for s in p.symbols)
         found = [t.partition("::")[::2] for t in p.tests]
         tests = "; ".join(link(_SOURCE.format(f), escape(f.removeprefix("tests/"))) + " " + ", ".join(f"<code>{escape(name)}</code>" for g, name in found if g == f) for f in dict.fromkeys(f for f, _ in found))
-        verdicts = [f"<br>{link(_SOURCE.format('results/ledger.jsonl'), r['verdict'])}: {escape(result_line(r), quote=False)}" for r in rows if r["paper"] == p.id]
+        verdicts = [f"<br>{link(_SOURCE.format(ledger_file(r['notebook'])), r['verdict'])}: {escape(result_line(r), quote=False)}" for r in rows if r["paper"] == p.id]
         if len(verdicts) > MANY: verdicts[MANY:] = [f"<br>and more in the ledger, {_counted(r['verdict'] for r in rows if r['paper'] == p.id)} in all"]
         items.append(f'<li id="{p.id}"><strong>{title}</strong>, {p.year} <code>{p.id}</code><br>{chapter}: {names}; tests: {tests}{"".join(verdicts)}</li>')
     return "\n".join(["<ul>", *items, "</ul>"])
