@@ -1,6 +1,9 @@
 """The quantised cache: codes by loops in float64 and NumPy's packbits, a cache of Python lists that attends token by token, bits that never change, transformers' QuantizedLayer and DynamicLayer, a language model, bytes and time."""
 import math
+import os
 import time
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: each test file has a process of its own
 
 import numpy as np
 import pytest
@@ -375,3 +378,57 @@ def test_on_a_gpu(nbits):
     want, got = here.step(q, keys, values), there.step(q.cuda(), keys.cuda(), values.cuda())
     torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=0)
     for a, b in zip(here.stores[0] + here.stores[1], there.stores[0] + there.stores[1]): assert torch.equal(a, b.cpu())
+
+
+# --- the kernel, by Triton's interpreter ---
+
+CASES = [(2, (-1, 0), 64, 1, 32, 8), (3, (-1, 0), 32, 3, 20, 1), (4, (0, -1), 16, 7, 16, 40), (8, (0, 0), 128, 2, 48, 128), (3, (-1, -1), 16, 20, 144, 5), (2, (0, 0), 32, 65, 16, 8)]
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("nbits, axes, g, M, D, window", CASES)
+def test_kernel_is_attention_over_the_dequantised_pages(nbits, axes, g, M, D, window, dtype):
+    triton = pytest.importorskip("deepclustering.kv.quantised_triton")
+    cache = QuantisedCache(nbits, *axes, q_group_size=g, residual_length=window).append(normal(1, 2, window + 3 * g, D, dtype=dtype), normal(1, 2, window + 3 * g, D, seed=1, dtype=dtype))
+    q = normal(2, M, D, seed=2, dtype=dtype)
+    out, lse = triton.launch_pages(q, *cache.stores, cache.pages, g, nbits, each=2)
+    keys, values = (dequantise(unpack(planes, nbits).flatten(1, 2), *(t.flatten(1, 2) for t in scales), torch.float64) for store in cache.stores
+                    for planes, scales in [([t[:, :cache.pages] for t in store[:-2]], [t[:, :cache.pages] for t in store[-2:]])])
+    scores = q.double() @ keys.mT / math.sqrt(D)
+    assert cache.pages == 3 and out.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), scores.softmax(2) @ values, atol=6 * torch.finfo(dtype).eps, rtol=0)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(2), atol=12 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_kernel_in_a_step_and_what_it_leaves_to_plain_pytorch(caplog):
+    triton = pytest.importorskip("deepclustering.kv.quantised_triton")
+    from deepclustering.core.operators import on_cpu
+    from deepclustering.kv.quantised import _over_pages
+    keys, values, q = (normal(2, h, 90, 16, seed=h, dtype=torch.float32) for h in (2, 3, 4))
+    values = values[:, :2]
+    seen = []
+
+    def counting(*args): seen.append(args[0].shape); return triton.launch_pages(*args)
+    plain = QuantisedCache(2, q_group_size=16, residual_length=8).step(q, keys, values)
+    with on_cpu({_over_pages: counting}):
+        torch.testing.assert_close(QuantisedCache(2, q_group_size=16, residual_length=8).step(q, keys, values), plain, atol=5e-6, rtol=0)
+        assert seen == [(4, 32, 16)] * 4 + [(4, 6, 16)]                            # G = 2 queries of each of 16 tokens, then of the 3 that are left, but for the first 23, which see no page
+        cache = QuantisedCache(2, q_group_size=24, residual_length=8).append(keys, values)
+        with pytest.raises(triton.Unfit, match="pages of 24 tokens"): cache.attend(q[:, :, :1])
+    with caplog.at_level("WARNING"): out, _ = _over_pages._launch(q[:, :, 0].reshape(4, 2, 16), *cache.stores, cache.pages, 24, 2)
+    assert "pages of 24 tokens" in caplog.text and torch.equal(out, _over_pages.reference(q[:, :, 0].reshape(4, 2, 16), *cache.stores, cache.pages, 24, 2)[0])
+
+
+def test_a_gradient_takes_the_plain_way(monkeypatch):
+    from deepclustering.core.operators import Operator
+    cache = QuantisedCache(4, residual_length=1).append(*normal(2, 1, 1, 80, 16))
+    q = normal(1, 2, 1, 16, seed=3).requires_grad_()
+
+    def never(*args): raise AssertionError
+    with monkeypatch.context() as m:
+        m.setattr(Operator, "__call__", never)
+        loss = cache.attend(q).square().sum()
+        with pytest.raises(AssertionError): cache.attend(q.detach())
+    got, = torch.autograd.grad(loss, q)
+    direction, h = normal(1, 2, 1, 16, seed=4), 1e-6
+    with torch.no_grad(): slope = (cache.attend(q + h * direction).square().sum() - cache.attend(q - h * direction).square().sum()) / (2 * h)
+    assert float((got * direction).sum()) == pytest.approx(float(slope), rel=1e-7)

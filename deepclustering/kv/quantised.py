@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.checks import all_finite, check_int
+from ..core.operators import operator
 from ..core.tinylm import Attention, Cache, TinyLM
 from .ragged import merge_attention
 
@@ -202,28 +203,32 @@ def _check(self: QuantisedCache, keys, values):
 # %% ../../nbs/kv/02_quantised.ipynb #9ab60c22
 BLOCK = {"cpu": 2**20, "cuda": 2**24}                                              # numbers unpacked at a time
 
-@patch
-def _blocks(self: QuantisedCache, which):
-    "Codes `(rows, tokens, D)`, scale and offset of keys (0) or values (1), block by block, with their rows and tokens."
-    store, g = self.stores[which], self.q_group_size
-    R, D = len(store[0]), store[0].shape[-1]
-    size = BLOCK.get(store[0].device.type, BLOCK["cpu"]) // (g * D)                       # pages in a block
-    rows, pages = max(1, size // self.pages), max(1, min(size, self.pages))
+def _blocks(store, pages, nbits): # planes, scale and offset of keys or of values, with room behind the pages
+    "Codes `(rows, tokens, D)`, scale and offset, block by block, with their rows and tokens."
+    (R, _, g, D), device = store[0].shape, store[0].device.type
+    g = g * 8 // PLANES[nbits][0]                                                         # tokens of a page
+    size = BLOCK.get(device, BLOCK["cpu"]) // (g * D)                                     # pages in a block
+    rows, some = max(1, size // pages), max(1, min(size, pages))
     for r in range(0, R, rows):
-        for p in range(0, self.pages, pages):
-            end = min(p + pages, self.pages)
+        for p in range(0, pages, some):
+            end = min(p + some, pages)
             *planes, scale, zero = (t[r:r + rows, p:end] for t in store)
-            yield slice(r, r + rows), slice(p * g, end * g), *(t.flatten(1, 2) for t in (unpack(planes, self.nbits), scale, zero))
+            yield slice(r, r + rows), slice(p * g, end * g), *(t.flatten(1, 2) for t in (unpack(planes, nbits), scale, zero))
 
-@patch
-def _stored(self: QuantisedCache, q):
-    "Attention of scaled queries `(B H, M, D)` over all pages: `(B H, M, D)` and the logarithm `(B H, M)`."
-    scores = q.new_empty(*q.shape[:2], self.pages * self.q_group_size)
-    for r, t, *codes in self._blocks(0): scores[r, :, t] = folded_product(q[r], *(c.mT for c in codes))
+@operator("(Tensor q, Tensor[] keys, Tensor[] values, int pages, int group, int nbits) -> (Tensor, Tensor)", cuda="deepclustering.kv.quantised_triton:launch_pages")
+def _over_pages(q, keys, values, pages, group, nbits): # q (B H, M, D); group tokens a page -> (B H, M, D) and the logarithm (B H, M), float32 or wider
+    q = q.to(_wide(q)) / math.sqrt(q.shape[2])
+    scores = q.new_empty(*q.shape[:2], pages * group)
+    for r, t, *codes in _blocks(keys, pages, nbits): scores[r, :, t] = folded_product(q[r], *(c.mT for c in codes))
     lse = scores.logsumexp(-1)
     weights, out = (scores - lse.unsqueeze(-1)).exp(), torch.zeros_like(q)
-    for r, t, *codes in self._blocks(1): out[r] = out[r] + folded_product(weights[r, :, t], *codes)
+    for r, t, *codes in _blocks(values, pages, nbits): out[r] = out[r] + folded_product(weights[r, :, t], *codes)
     return out, lse
+
+def _wide(q): return torch.promote_types(q.dtype, torch.float32)
+
+@_over_pages.fake
+def _(q, keys, values, pages, group, nbits): return torch.empty_like(q, dtype=_wide(q)), q.new_empty(q.shape[:2], dtype=_wide(q))
 
 @patch
 def _waiting(self: QuantisedCache, q, T):
@@ -247,10 +252,12 @@ def attend(
     H, dtype, device = R // self.batch, self.recent[0].dtype, self.recent[0].device
     if q.dim() != 4 or q.shape[0] != self.batch or not q.shape[1] or q.shape[1] % H or not 0 < q.shape[2] <= self.window or q.shape[3] != D or q.dtype != dtype or q.device != device:
         raise ValueError(f"q must be {dtype} of shape ({self.batch}, a multiple of {H}, 1 to {self.window}, {D}) on {device}, got {q.dtype} {tuple(q.shape)} on {q.device}")
-    T, wide = q.shape[2], torch.promote_types(dtype, torch.float32)
+    T, folded = q.shape[2], q.reshape(R, -1, D)                                    # the G heads of a group are rows
     with torch.autocast(device.type, enabled=False):
-        folded = q.reshape(R, -1, D).to(wide) / math.sqrt(D)                       # the G heads of a group are rows
-        parts = [self._waiting(folded, T), *([self._stored(folded)] if self.pages else [])]
+        parts = [self._waiting(folded.to(_wide(q)) / math.sqrt(D), T)]
+        if self.pages:                                                             # a gradient takes the plain way
+            over = _over_pages.reference if torch.is_grad_enabled() and q.requires_grad else _over_pages
+            parts.append(over(folded, *self.stores, self.pages, self.q_group_size, self.nbits))
         out, lse = merge_attention(*zip(*parts))
     out, lse = out.to(dtype).view(q.shape), lse.view(q.shape[:3])
     return (out, lse) if return_lse else out
@@ -278,7 +285,7 @@ def rectangle(self: QuantisedCache):
     def whole(which):
         recent = self.recent[which]
         out = recent.new_empty(len(recent), self.seen, recent.shape[2])
-        for r, t, *codes in self._blocks(which) if self.pages else (): out[r, t] = dequantise(*codes, torch.promote_types(out.dtype, torch.float32)).to(out.dtype)
+        for r, t, *codes in _blocks(self.stores[which], self.pages, self.nbits) if self.pages else (): out[r, t] = dequantise(*codes, torch.promote_types(out.dtype, torch.float32)).to(out.dtype)
         out[:, self.pages * self.q_group_size:] = recent[:, :self.window]
         return out.unflatten(0, (self.batch, -1))
     return whole(0), whole(1)
