@@ -12,6 +12,7 @@ from deepclustering.clustering.autoencoder import AutoencoderKMeans
 from deepclustering.clustering.dec import DCN, DEC, IDEC
 from deepclustering.clustering.depict import DEPICT
 from deepclustering.clustering.jule import JULE
+from deepclustering.clustering.partial_transport import SP2OT
 from deepclustering.clustering.tell import TELL
 from deepclustering.clustering.vade import VaDE
 from deepclustering.core.estimators import evaluating, load_estimator, save_estimator
@@ -32,7 +33,7 @@ def network(seed=0, width=2):
 MAKE = {"TELL": lambda: TELL(3, max_iter=2, device="cpu", random_state=0, progress=False), "TELL with a network": lambda: TELL(3, encoder=network(), max_iter=2, device="cpu", random_state=0, progress=False),
         "AutoencoderKMeans": lambda: AutoencoderKMeans(3, **DEEP), "DEC": lambda: DEC(3, **DEEP, **LOOP), "IDEC": lambda: IDEC(3, **DEEP, **LOOP),
         "DCN": lambda: DCN(3, **{**DEEP, "encoder": network(), "pretrain": "none"}, **LOOP),
-        "DEPICT": lambda: DEPICT(3, **DEEP, **LOOP, start_epochs=1), "VaDE": lambda: VaDE(3, **DEEP, epochs=2),
+        "DEPICT": lambda: DEPICT(3, **DEEP, **LOOP, start_epochs=1), "VaDE": lambda: VaDE(3, **DEEP, epochs=2), "SP2OT": lambda: SP2OT(3, **DEEP, **LOOP),
         "JULE": lambda: JULE(3, widths=(4,), code=3, epochs=1, device="cpu", random_state=0, progress=False)}
 KINDS_OF_ROWS = {"array": X, "tensor": torch.tensor(X)}
 

@@ -790,6 +790,51 @@ def _(x):
     return torch.bincount(first).sort().values.float(), torch.tensor([float(model.report_.active), float(len(model.period_labels_)), float(torch.as_tensor(model.embedding_).norm(dim=1).mean())])
 
 
+@check("partial_transport.semantic_labels", a_cloud, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.partial_transport import semantic_graph, semantic_labels
+    from deepclustering.clustering.path_integral import directed_graph
+    log_p = (4 * x[:, :4].double()).log_softmax(1)
+    return (len(x) * semantic_labels(log_p, semantic_graph(directed_graph(x)), .5, max_iter=5, tol=1e-8)).float()
+
+
+@check("clustering.SP2OT predict", unit_pixels, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.partial_transport import SP2OT
+    from deepclustering.core.models import MLPAutoencoder
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        net = MLPAutoencoder(64, (32, 5))
+    model = SP2OT(5, encoder=net, pretrain="none", view_noise=0., update_interval=1, max_iter=1, n_init=3, batch_size=1 << 20, random_state=0, progress=False).fit(x)
+    return torch.as_tensor((model.predict(x) == model.labels_).double().mean())[None], torch.tensor([float(model.report_.active)])
+
+
+def some_head_logits(generator, big): return tuple(torch.randn(4, 65_536 if big else 200, 20, generator=generator) for _ in range(2))
+
+
+@check("heads.losses", some_head_logits, 1e-3, lambda a, b: (0, 0))
+def _(a, b):
+    from deepclustering.clustering.heads import scan_loss, self_label_loss, temi_loss
+    return scan_loss(a, b), temi_loss(a, b, torch.full((4, 20), .05, device=a.device)), self_label_loss(3 * a, b, .5)
+
+
+@check("divclust.likeness", some_head_logits, 1e-3, lambda a, b: (0, 0))
+def _(a, b):
+    from deepclustering.clustering.divclust import head_likeness, head_nmi
+    return head_likeness(a.softmax(2)), head_nmi(a.argmax(2), 20).float()
+
+
+def head_fit(kind):
+    def call(x):
+        import deepclustering.clustering as clustering
+        model = getattr(clustering, kind)(5, n_heads=2, max_iter=3, batch_size=1 << 20, random_state=0, progress=False).fit(x)
+        return torch.as_tensor((model.predict(x) == model.labels_).double().mean())[None]
+    return call
+
+
+for kind in ("SCANHead", "TEMIHead", "DivClust"): check(f"clustering.{kind} predict", unit_pixels, 1e-3, lambda x: (0, 0))(head_fit(kind))
+
+
 # --- pooling.windows ----------------------------------------------------------------------------------------------------
 
 def a_map(shape, dtype=torch.float32, last=False, window=2, gradient=False, mean=0.):

@@ -31,7 +31,7 @@ from .read import all_equal, read_items
 
 # %% ../../nbs/tool/02_cluster.ipynb #12bb7ac9
 COUNTS = ("n_clusters", "n_components")  # what estimators call k
-SLOW = ("SDPKMeans", "LikelihoodAdjustedSDP", "AutoencoderKMeans", "DEC", "IDEC", "DCN", "DEPICT", "VaDE", "JULE")  # seconds to minutes for hundreds of items: not fitted again and again to choose k or to see how stable it is
+SLOW = ("SDPKMeans", "LikelihoodAdjustedSDP", "AutoencoderKMeans", "DEC", "IDEC", "DCN", "DEPICT", "VaDE", "JULE", "SP2OT", "SCANHead", "TEMIHead", "DivClust")  # seconds to minutes for hundreds of items: not fitted again and again to choose k or to see how stable it is
 
 def clusterers():
     "Dict from name in small letters to class, of every clusterer that takes a number of clusters."
