@@ -399,6 +399,20 @@ def test_kernel_is_attention_over_the_dequantised_pages(nbits, axes, g, M, D, wi
     torch.testing.assert_close(lse.double(), scores.logsumexp(2), atol=12 * torch.finfo(dtype).eps, rtol=0)
 
 
+@pytest.mark.parametrize("large, small", [(0, 1e-6), (1, 1e5)])
+def test_kernel_where_a_page_is_wider_than_float16(large, small):
+    "Keys or values within 60,000 either way, the queries tiny or beyond float16."
+    triton = pytest.importorskip("deepclustering.kv.quantised_triton")
+    from deepclustering.kv.quantised import _over_pages
+    sizes = (6e4, 6e4) if not large else (1e-6, 6e4)
+    cache = QuantisedCache(2, q_group_size=16, residual_length=1).append(*(torch.empty(1, 1, 65, 32).uniform_(-size, size, generator=torch.Generator().manual_seed(i)).bfloat16() for i, size in enumerate(sizes)))
+    q = normal(1, 3, 32, seed=5, dtype=torch.bfloat16) * small
+    out, lse = triton.launch_pages(q, *cache.stores, cache.pages, 16, 2)
+    want, logarithm = _over_pages.reference(q.double(), *cache.stores, cache.pages, 16, 2)
+    torch.testing.assert_close(out.double() / 6e4, want / 6e4, atol=2e-2, rtol=0)
+    torch.testing.assert_close(lse.double(), logarithm, atol=2e-2, rtol=1e-2)
+
+
 def test_kernel_in_a_step_and_what_it_leaves_to_plain_pytorch(caplog):
     triton = pytest.importorskip("deepclustering.kv.quantised_triton")
     from deepclustering.core.operators import on_cpu

@@ -48,13 +48,13 @@ def _numbers(
     scale, zero,
     page, d, D,
     TOKENS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PER: tl.constexpr, # bits of the planes, HIGH 0 without the second
-    HALF: tl.constexpr, # numbers of float16, else float32
+    HALF: tl.constexpr, # halves of the numbers in float16, else the numbers in float32
 ):
     "A page (TOKENS, WIDTH): @eq-unpacked."
     codes = _codes(low, page, d, D, TOKENS, LOW)
     if HIGH: codes = codes | (_codes(high, page, d, D, TOKENS, HIGH) << LOW)
     s, z = _spread(scale, page, d, D, TOKENS, PER), _spread(zero, page, d, D, TOKENS, PER)
-    if HALF: x = ((codes | 0x6400).to(tl.float16, bitcast=True) - 1024.).to(tl.float16) * s + z          # 1024 + code, as bits
+    if HALF: x = ((codes | 0x6400).to(tl.float16, bitcast=True) - 1024.).to(tl.float16) * (s * .5).to(s.dtype) + (z * .5).to(z.dtype)   # 1024 + code, as bits; halves: a range of twice float16's fits
     else: x = ((codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.) * s.to(tl.float32) + z.to(tl.float32)
     return x
 
@@ -74,14 +74,19 @@ def _page_chunks(
     g, d = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     asked = (g < M)[:, None] & (d < D)[None, :]
     query = tl.load(q + (r * M + g)[:, None] * D + d[None, :], mask=asked, other=0.)
-    if HALF: query = query.to(tl.float16)
+    unit = tl.full((QUERIES,), 1., tl.float32)
+    if HALF:                                                                       # the power of two below the row's largest: exact, and any bfloat16 fits
+        unit = (tl.max(tl.abs(query.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.where(unit == 0, 1., unit)
+        query = (query.to(tl.float32) / unit[:, None]).to(tl.float16)
+        unit *= 2
     m = tl.full((QUERIES,), float("-inf"), tl.float32)
     s = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, WIDTH), tl.float32)
     for p in range(c * each, tl.minimum((c + 1) * each, pages)):
         page = r * room + p
         keys = _numbers(key_low, key_high, key_scale, key_zero, page, d, D, TOKENS, LOW, HIGH, KEY_PER, HALF)
-        scores = dot(query, tl.trans(keys), tl.zeros((QUERIES, TOKENS), tl.float32), not HALF) * factor
+        scores = dot(query, tl.trans(keys), tl.zeros((QUERIES, TOKENS), tl.float32), not HALF) * (factor * unit)[:, None]
         larger = tl.maximum(m, tl.max(scores, 1))
         weights, shrink = tl.exp2(scores - larger[:, None]), tl.exp2(m - larger)
         values = _numbers(value_low, value_high, value_scale, value_zero, page, d, D, TOKENS, LOW, HIGH, VALUE_PER, HALF)
@@ -89,13 +94,13 @@ def _page_chunks(
         s = s * shrink + tl.sum(weights, 1)
         m = larger
     piece = (r * chunks + c) * M + g
-    tl.store(part + piece[:, None] * D + d[None, :], out / s[:, None], mask=asked)
+    tl.store(part + piece[:, None] * D + d[None, :], out * ((1 + HALF) / s)[:, None], mask=asked)
     tl.store(part_lse + piece, (m + tl.log2(s)) * 0.6931471805599453, mask=g < M)
 
 # %% ../../nbs/kv/02b_quantised_triton.ipynb #13564edf
 def _tile(M, D, itemsize):
     "Queries and width of a tile, and warps."
-    queries = min(64, max(16, triton.next_power_of_2(M)))
+    queries = min(32, max(16, triton.next_power_of_2(M)))
     return queries, max(16, triton.next_power_of_2(D)), 4 if itemsize == 2 and queries == 16 else 8
 
 def launch_pages(
