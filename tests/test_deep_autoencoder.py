@@ -16,8 +16,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import check_methods_subset_invariance, parametrize_with_checks
 from torch import nn
 
-from deepclustering.clustering.autoencoder import (PRETRAIN, AutoencoderKMeans, code_of, code_report, corruption, encode_all, noisy_code, pair_loss,
-                                                   pretrain_layers, refine, train_autoencoder)
+from deepclustering.clustering.autoencoder import (PRETRAIN, AutoencoderKMeans, ImageClusterer, code_of, code_report, corruption, encode_all, noisy_code,
+                                                   pair_loss, pretrain_layers, refine, train_autoencoder)
 from deepclustering.clustering.dec import DEC
 from deepclustering.core.estimators import evaluating
 from deepclustering.core.metrics import ari
@@ -291,3 +291,21 @@ def test_interrupt(kind, phase, monkeypatch):
     assert model.labels_.shape == (200,) and (model.predict(X) == model.labels_).all() and len(calls) == {"layer 1": 1, "fine-tuning": 3, "clusters": 3}[phase]
     assert [r["phase"] for r in model.history_] == {"layer 1": [], "fine-tuning": ["layer 1", "layer 2"], "clusters": ["end-to-end"] * 20 + ["clusters"] * 2}[phase]  # what was begun is not told
     assert model.n_iter_ == (5 if phase == "clusters" else model.n_iter_) and model.report_.active >= 1
+
+
+@pytest.mark.parametrize("pretrain", ["none", "end-to-end"])
+def test_interrupt_before_the_first_target(pretrain):
+    "Ctrl-C while the first memberships are computed: no step of the clustering loss was taken, whatever `history_` holds of the time before."
+    class Stopped(DEC):
+        def _assign(self, module, x): raise KeyboardInterrupt
+    model = Stopped(4, **{**LOOP, "pretrain": pretrain})
+    with pytest.warns(UserWarning, match="Stopped was interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
+    assert model.n_iter_ == 0 and model.labels_.shape == (200,) and {r["phase"] for r in model.history_} == ({"end-to-end"} if pretrain == "end-to-end" else set())
+
+
+@pytest.mark.parametrize("shape, told", [((5, 2, 3), None), ((5, 1, 2, 3), None), ((5, 6), (2, 3)), ((5, 6), (1, 2, 3)), ((5, 6), None)])
+def test_images_and_rows(shape, told):
+    class Pictures(ImageClusterer):
+        def __init__(self, image_shape=None, device="cpu"): self.image_shape, self.device = image_shape, device
+    rows, device, found = Pictures(told)._check(draw(*shape).numpy())
+    assert np.array_equal(rows, draw(5, 6)) and str(device) == "cpu" and found == (None if shape == (5, 6) and told is None else (1, 2, 3))

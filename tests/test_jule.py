@@ -270,7 +270,7 @@ def test_interrupted(rerun, call):
             return super()._loss(net, batch)
     calls = []
     model = Stopped(4, rerun=rerun, **{**QUICK, "unroll": .5})
-    with pytest.warns(UserWarning, match="JULE was interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
+    with pytest.warns(UserWarning, match="Stopped was interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
     assert model.n_iter_ == call + 1 == len(calls) and len(np.unique(model.labels_)) == 4 and model.embedding_.shape == (90, 4)
     np.testing.assert_allclose(model.embed(X), model.embedding_, atol=1e-6)
     assert model.predict(X).shape == (90,) and model.period_labels_.shape[1] == 90

@@ -307,7 +307,7 @@ def test_interrupted(call):
             return super()._loss(module, x)
     calls = []
     model = Stopped(4, **{**QUICK, "epochs": 40})
-    with pytest.warns(UserWarning, match="VaDE was interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
+    with pytest.warns(UserWarning, match="Stopped was interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
     assert np.array_equal(model.predict(X), model.labels_) and len(calls) == call and np.isfinite(model.log_evidence(X)).all()
 
 

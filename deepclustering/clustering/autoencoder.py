@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PRETRAIN', 'corruption', 'pair_loss', 'train_phase', 'pretrain_layers', 'noisy_code', 'train_autoencoder',
            'CodeReport', 'code_report', 'code_of', 'encode_all', 'refine', 'Clustered', 'DeepClusterer',
-           'AutoencoderKMeans']
+           'AutoencoderKMeans', 'ImageClusterer']
 
 # %% ../../nbs/clustering/10_encoder.ipynb #7e2fae3d
+import math
 import warnings
 from copy import deepcopy
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from .kmeans import KMeans
 from ..core.assign import nearest
 from ..core.checks import as_generator, as_tensor, check_int, check_number, device_of, estimator_data, like, progress_bar
 from ..core.estimators import evaluating, load_estimator, save_estimator
-from ..core.metrics import cluster_sizes
+from ..core.metrics import cluster_sizes, collapse_report
 from ..core.models import Autoencoder, MLPAutoencoder, as_batch
 from ..core.training import train
 
@@ -246,7 +247,8 @@ class AutoencoderKMeans(DeepClusterer):
         self.batch_size, self.n_init, self.device, self.random_state, self.progress = batch_size, n_init, device, random_state, progress
 
 # %% ../../nbs/clustering/10_encoder.ipynb #6b9bbed5
-def _check(self, X, reset=True):
+@patch
+def _check(self: DeepClusterer, X, reset=True):
     "Checked rows and device."
     x = estimator_data(self, X, reset)
     if not reset: return x, device_of(X, self.device)
@@ -267,20 +269,23 @@ def _check(self, X, reset=True):
     if self.n_clusters > 1 and all(bool((part == x[0]).all()) for part in x.split(65536)): raise ValueError(f"n_clusters={self.n_clusters}, but all {len(x)} rows of X are equal: there is one cluster")
     return x, device_of(X, self.device)
 
-def _network(self, n_features, seed):
+@patch
+def _network(self: DeepClusterer, n_features, seed):
     "The encoder to train: a copy of the caller's, or ours with weights that `seed` draws."
     if self.encoder is not None: return deepcopy(self.encoder)
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         return MLPAutoencoder(n_features, tuple(self.widths))
 
-def _rows(self, x, device):
-    "Scaled rows `(n, d)` in the network's dtype."
+@patch
+def _rows(self: DeepClusterer, x, device):
+    "Scaled rows `(n, d)`, before that shifted if the method shifts, in the network's dtype."
     p = next(self.encoder_.parameters(), None)
     self.encoder_.to(device)
-    return (x.to(device, torch.promote_types(x.dtype, torch.float32)) * self.scale_).to(torch.float32 if p is None else p.dtype)
+    return ((x.to(device, torch.promote_types(x.dtype, torch.float32)) - getattr(self, "shift_", 0)) * self.scale_).to(torch.float32 if p is None else p.dtype)
 
-def _start(self, z, seed):
+@patch
+def _start(self: DeepClusterer, z, seed):
     "k-means on the codes, best of `n_init`."
     if self.n_clusters > 1 and bool((z == z[0]).all()): raise ValueError(f"encoder maps all {len(z)} rows to one code: it has collapsed; a lower lr, other widths or another encoder may help")
     return KMeans(self.n_clusters, n_init=self.n_init, random_state=seed, verbose=False).fit(z)
@@ -292,15 +297,15 @@ def fit(self: DeepClusterer,
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Pretrain, start from k-means, refine if the class has a clustering loss; returns self. On Ctrl-C the fitted attributes are set from the weights as they are, and the interrupt is raised again."
-    x, device = _check(self, X)
+    x, device = self._check(X)
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     self.scale_ = float(x.double().square().mean()) ** -0.5 if x.any() else 1.
-    self.encoder_, self.history_ = _network(self, x.shape[1], seed), []
-    x, net, start, module, stop = _rows(self, x, device), self.encoder_, None, None, None
+    self.encoder_, self.history_ = self._network(x.shape[1], seed), []
+    x, net, start, module, stop = self._rows(x, device), self.encoder_, None, None, None
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)
     try:
         train_autoencoder(net, x, self.pretrain, getattr(self, "pretrain_epochs", 1), self.noise, self.lr, self.history_, **keywords)
-        start = _start(self, encode_all(net, x), seed)
+        start = self._start(encode_all(net, x), seed)
         self.n_iter_ = start.n_iter_
         if self._loss is not None:
             module = self._module(net, start.cluster_centers_)
@@ -310,28 +315,51 @@ def fit(self: DeepClusterer,
                                   records=self.history_, **keywords)
     except KeyboardInterrupt as e: stop = e
     z = encode_all(net, x)
-    start = start or _start(self, z, seed)
+    start = start or self._start(z, seed)
     _set_fitted(self, X, z, start.cluster_centers_ if module is None else module.centers.detach())
-    if stop is not None:
-        self.n_iter_ = start.n_iter_ if module is None else self.history_[-1]["step"]
-        warnings.warn(f"{type(self).__name__} was interrupted: the fitted attributes hold the state so far")
-        raise stop
-    return self
+    if stop is not None: self.n_iter_ = start.n_iter_ if module is None else self._steps("clusters")
+    return self._ended(stop)
 
 def _set_fitted(self, X, z, centers):
     labels, far = nearest(z, centers, return_distance=True)
     self.report_ = code_report(z, labels, self.n_clusters)
-    if self.n_clusters > 1 and (self.report_.collapsed or self.report_.active < self.n_clusters):
-        warnings.warn(f"the codes have collapsed or clusters are empty: {self.report_}", ConvergenceWarning)
+    self._warn_collapse()
     self.labels_, self.cluster_centers_, self.embedding_, self.inertia_ = like(labels, X), like(centers.clone(), X), like(z, X), float(far.double().sum())
     self._n_features_out = self.n_clusters
 
+@patch
+def _steps(self: DeepClusterer, phase):
+    "Steps that a phase has taken, by `history_`."
+    return max([r["step"] for r in self.history_ if r["phase"] == phase], default=0)
+
+@patch
+def _warn_collapse(self: DeepClusterer, p=None):
+    "Warn of what `report_` says, or else of memberships `p` that are all but equal; True if there was a warning of the former."
+    if self.n_clusters == 1: return False
+    bad = self.report_.collapsed or self.report_.active < self.n_clusters
+    if bad: warnings.warn(f"the codes have collapsed or clusters are empty: {self.report_}", ConvergenceWarning)
+    elif p is not None and collapse_report(p).collapsed: warnings.warn(f"memberships tell next to nothing: the largest is {self.confidence_:.3f} on average, 1/k = {1 / self.n_clusters:.3f}", ConvergenceWarning)
+    return bad
+
+@patch
+def _ended(self: DeepClusterer, stop):
+    "self, or after an interrupt a warning, and the interrupt again."
+    if stop is None: return self
+    warnings.warn(f"{type(self).__name__} was interrupted: the fitted attributes hold the state so far")
+    raise stop
+
 # %% ../../nbs/clustering/10_encoder.ipynb #046f0b06
-def _on(self, X):
+@patch
+def _encode(self: DeepClusterer, x):
+    "Codes `(n, code)` of scaled rows."
+    return encode_all(self.encoder_, x)
+
+@patch
+def _on(self: DeepClusterer, X):
     "Codes `(n, code)` and centres `(k, code)` of a fitted estimator, in the dtype of `X`."
     check_is_fitted(self)
-    x, device = _check(self, X, reset=False)
-    z = encode_all(self.encoder_, _rows(self, x, device)).to(torch.promote_types(x.dtype, torch.float32))
+    x, device = self._check(X, reset=False)
+    z = self._encode(self._rows(x, device)).to(torch.promote_types(x.dtype, torch.float32))
     return z, as_tensor(self.cluster_centers_).to(z)
 
 @patch
@@ -339,21 +367,36 @@ def embed(self: DeepClusterer,
           X, # `(n, d)`
 ):
     "The codes `(n, code)`."
-    return like(_on(self, X)[0], X)
+    return like(self._on(X)[0], X)
 
 @patch
 def predict(self: DeepClusterer,
             X, # `(n, d)`
 ):
     "The index `(n,)` of the nearest centre among the codes."
-    return like(nearest(*_on(self, X)), X)
+    return like(nearest(*self._on(X)), X)
 
 @patch
 def transform(self: DeepClusterer,
               X, # `(n, d)`
 ):
     "Distances `(n, k)` of the codes to the centres."
-    return like(torch.cdist(*_on(self, X), compute_mode="donot_use_mm_for_euclid_dist"), X)
+    return like(torch.cdist(*self._on(X), compute_mode="donot_use_mm_for_euclid_dist"), X)
+
+# %% ../../nbs/clustering/10_encoder.ipynb #97a12d37
+class ImageClusterer(DeepClusterer):
+    """A `DeepClusterer` for images `(n, height, width)`, `(n, channels, height, width)`, and for flat rows, with the `image_shape` of its `__init__` or none.
+
+    A subclass has a `fit` of its own: `_check(X)` gives it flat rows `(n, d)`, the device, and `(channels, height, width)` or None. `ValueError` for a shape that does not fit."""
+    def _check(self, X, reset=True):
+        shape = tuple(getattr(X, "shape", ()))
+        if len(shape) in (3, 4): X, shape = X.reshape(len(X), math.prod(shape[1:])), shape[1:]
+        else: shape = None
+        x = estimator_data(self, X, reset)
+        if not reset: return x, device_of(X, self.device)
+        if shape is None and self.image_shape is not None: shape = tuple(check_int(s, "image_shape") for s in self.image_shape)
+        if shape is not None and (len(shape) not in (2, 3) or math.prod(shape) != x.shape[1]): raise ValueError(f"image_shape must be (height, width) or (channels, height, width) of {x.shape[1]} numbers, got {shape}")
+        return x, device_of(X, self.device), shape and (1,) * (3 - len(shape)) + tuple(shape)
 
 # %% ../../nbs/clustering/10_encoder.ipynb #187d0003
 @patch

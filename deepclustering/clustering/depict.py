@@ -6,24 +6,19 @@
 __all__ = ['TARGETS', 'balanced_targets', 'layer_loss', 'DEPICT']
 
 # %% ../../nbs/clustering/12_depict.ipynb #312a309a
-import math
-import warnings
 from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .autoencoder import DeepClusterer, code_of, code_report, encode_all, refine, train_phase
+from .autoencoder import ImageClusterer, code_of, code_report, encode_all, refine, train_phase
 from .dec import target_distribution
 from .kmeans import KMeans
 from .path_integral import path_integral_clustering
 from ..core.aggregate import segment_mean, take_slots
-from ..core.checks import as_generator, as_tensor, check_int, check_number, device_of, estimator_data, like
-from ..core.metrics import collapse_report
+from ..core.checks import as_generator, as_tensor, check_int, check_number, like
 from ..core.models import Autoencoder, ConvAutoencoder, MLPAutoencoder
 
 # %% ../../nbs/clustering/12_depict.ipynb #992c140c
@@ -77,7 +72,7 @@ class _Headed(nn.Module):
         return self.head(code_of(self.net, x))
 
 # %% ../../nbs/clustering/12_depict.ipynb #bf6679e6
-class DEPICT(DeepClusterer):
+class DEPICT(ImageClusterer):
     """A softmax on the code of an autoencoder, taught by its own balanced clean predictions while all layers reconstruct; a scikit-learn estimator.
 
     Takes flat rows, or images `(n, height, width)`, `(n, channels, height, width)`. Fitted attributes: `labels_` `(n,)`, `weights_` `(k, code)` and `biases_` `(k,)` of @eq-softmax, `first_labels_` (of the start), `embedding_`, `cluster_centers_`
@@ -120,17 +115,6 @@ class DEPICT(DeepClusterer):
         return layers + self.cluster_weight * clusters, {"layers": layers, "clusters": clusters}
 
 # %% ../../nbs/clustering/12_depict.ipynb #896ae61a
-def _images(self, X, reset=True):
-    "Checked flat rows `(n, d)`; while fitting also the shape of an image, or None."
-    shape = tuple(getattr(X, "shape", ()))
-    if len(shape) in (3, 4): X, shape = X.reshape(len(X), math.prod(shape[1:])), shape[1:]
-    else: shape = None
-    x = estimator_data(self, X, reset)
-    if not reset: return x, device_of(X, self.device)
-    if shape is None and self.image_shape is not None: shape = tuple(check_int(s, "image_shape") for s in self.image_shape)
-    if shape is not None and (len(shape) not in (2, 3) or math.prod(shape) != x.shape[1]): raise ValueError(f"image_shape must be (height, width) or (channels, height, width) of {x.shape[1]} numbers, got {shape}")
-    return x, device_of(X, self.device), shape and (1,) * (3 - len(shape)) + tuple(shape)
-
 def _arguments(self, n):
     "Every argument is looked at before any work."
     check_int(self.n_clusters, "n_clusters", high=n, why=f"n_samples={n}")
@@ -171,14 +155,14 @@ def fit(self: DEPICT,
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Reconstruct, start, alternate; returns self. On Ctrl-C the fitted attributes are set from the weights as they are, and the interrupt is raised again."
-    x, device, shape = _images(self, X)
+    x, device, shape = self._check(X)
     _arguments(self, len(x))
     low, high = (float(v) for v in x.aminmax())
     if self.n_clusters > 1 and bool((x == x[0]).all()): raise ValueError(f"n_clusters={self.n_clusters}, but all {len(x)} rows of X are equal: there is one cluster")
     self.shift_, self.scale_ = (low + high) / 2, 2 / (high - low) if high > low else 1.
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     net = self.encoder_ = _autoencoder(self, shape, x.shape[1], seed)
-    x, module, stop, self.history_, self.n_iter_ = _scaled(self, x, device), None, None, [], 0
+    x, module, stop, self.history_ = self._rows(x, device), None, None, []
     n, adam = len(x), lambda weights: torch.optim.Adam(weights, lr=self.lr)
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)
     def stage(name, *args, **more): train_phase(self.history_, name, *args, optimizer=adam, **keywords, **more)
@@ -190,44 +174,24 @@ def fit(self: DEPICT,
         held, rest = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device).tensor_split([n // 10])
         if not len(held): held = rest
         stage("start", module, self._loss, (x[rest], first[rest]), epochs=self.start_epochs, patience=self.patience, validate=lambda m: float(F.cross_entropy(m.head(encode_all(m.net, x[held])), first[held])))
-        self.n_iter_ = refine(module, x, self._assign, self._target, self._loss, optimizer=adam(module.parameters()), update_interval=self.update_interval or -(-n // self.batch_size), tol=self.tol, max_iter=self.max_iter,
-                              records=self.history_, **keywords)
+        refine(module, x, self._assign, self._target, self._loss, optimizer=adam(module.parameters()), update_interval=self.update_interval or -(-n // self.batch_size), tol=self.tol, max_iter=self.max_iter,
+               records=self.history_, **keywords)
     except KeyboardInterrupt as e: stop = e
     z = encode_all(net, x)
     if module is None: module = _Headed(net, z, first := _first_labels(self, z, seed), self.n_clusters)
     _set_fitted(self, X, z, module.head, first)
-    if stop is not None:
-        self.n_iter_ = max([r["step"] for r in self.history_ if r["phase"] == "clusters"], default=0)
-        warnings.warn("DEPICT was interrupted: the fitted attributes hold the state so far")
-        raise stop
-    return self
+    return self._ended(stop)
 
 # %% ../../nbs/clustering/12_depict.ipynb #241a0fb3
-def _scaled(self, x, device):
-    "Rows from -1 to 1, in the network's dtype."
-    self.encoder_.to(device)
-    return ((x.to(device, torch.promote_types(x.dtype, torch.float32)) - self.shift_) * self.scale_).to(next(self.encoder_.parameters()).dtype)
-
 def _set_fitted(self, X, z, head, first):
     W, b = head.weight.detach(), head.bias.detach()
     p = (z @ W.T + b).softmax(1)
     labels, self.confidence_ = p.argmax(1), float(p.amax(1).mean())
     centers = segment_mean(z, labels, self.n_clusters)
     self.report_ = code_report(z, labels, self.n_clusters)
-    if self.n_clusters > 1 and (self.report_.collapsed or self.report_.active < self.n_clusters):
-        warnings.warn(f"the codes have collapsed or clusters are empty: {self.report_}", ConvergenceWarning)
-    elif self.n_clusters > 1 and collapse_report(p).collapsed: warnings.warn(f"memberships tell next to nothing: the largest is {self.confidence_:.3f} on average, 1/k = {1 / self.n_clusters:.3f}", ConvergenceWarning)
+    self._warn_collapse(p)
     self.labels_, self.first_labels_, self.embedding_, self.cluster_centers_, self.weights_, self.biases_ = (like(t.clone(), X) for t in (labels, first, z, centers, W, b))
-    self.inertia_, self._n_features_out = float((z - take_slots(centers, labels)).double().square().sum()), self.n_clusters
-
-@patch
-def embed(self: DEPICT,
-          X, # images or rows as fitted
-):
-    "The codes `(n, code)`."
-    check_is_fitted(self)
-    x, device = _images(self, X, reset=False)
-    return like(encode_all(self.encoder_, _scaled(self, x, device)).to(torch.promote_types(x.dtype, torch.float32)), X)
+    self.inertia_, self._n_features_out, self.n_iter_ = float((z - take_slots(centers, labels)).double().square().sum()), self.n_clusters, self._steps("clusters")
 
 @patch
 def predict_proba(self: DEPICT,

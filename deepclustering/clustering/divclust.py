@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from .heads import FrozenHeads, SCANHead, _check, _logits, scan_loss
+from .heads import FrozenHeads, SCANHead, scan_loss
 from .kmeans import KMeans
 from ..core.assign import nearest
 from ..core.checks import as_generator, as_tensor, check_int, check_number, like
@@ -193,8 +193,8 @@ def predict(self: DivClust,
 ):
     "The consensus cluster `(n,)`."
     check_is_fitted(self)
-    x, device = _check(self, X, reset=False)
-    heads = _logits(self, x, device).argmax(2)
+    x, device = self._check(X, reset=False)
+    heads = self._logits(x, device).argmax(2)
     return like(_joint(self, heads).predict(heads), X)
 
 @patch
@@ -203,8 +203,8 @@ def predict_heads(self: DivClust,
 ):
     "What each head says, `(H, n)`."
     check_is_fitted(self)
-    x, device = _check(self, X, reset=False)
-    return like(_logits(self, x, device).argmax(2), X)
+    x, device = self._check(X, reset=False)
+    return like(self._logits(x, device).argmax(2), X)
 
 @patch
 def predict_proba(self: DivClust,
@@ -212,8 +212,8 @@ def predict_proba(self: DivClust,
 ):
     "The share of heads `(n, k)` whose cluster has its place nearest to that centre of the consensus. `predict` sums places, so the two may differ where the heads are split."
     check_is_fitted(self)
-    x, device = _check(self, X, reset=False)
-    heads = _logits(self, x, device).argmax(2)
+    x, device = self._check(X, reset=False)
+    heads = self._logits(x, device).argmax(2)
     joint = _joint(self, heads)
     home = nearest(F.normalize(joint.places_.flatten(0, 1), dim=1), joint.centers_).reshape(joint.places_.shape[:2])   # (H, k): where each cluster of a head belongs
     votes = F.one_hot(torch.stack([own[h] for own, h in zip(home, heads)]), self.n_clusters).double().mean(0)

@@ -226,7 +226,8 @@ class _Run:
         self.churn = 1. if before is None else churn(before[leads], self.labels[leads])
         return float(-agreement(logits[leads], logits[leads][self.neighbors[:, 0]]).mean()), {"active": len(self.labels[leads].unique()), "churn": self.churn}
 
-def _check(self, X, reset=True):
+@patch
+def _check(self: FrozenHeads, X, reset=True):
     "Checked rows and device; while fitting also the arguments."
     x = estimator_data(self, X, reset, min_samples=2 if reset else 1)
     if not reset: return x, device_of(X, self.device)
@@ -263,7 +264,7 @@ def fit(self: FrozenHeads,
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Find neighbours, train all heads, choose one; returns self. On Ctrl-C the fitted attributes are set from the weights as they are, and the interrupt is raised again."
-    x, device = _check(self, X)
+    x, device = self._check(X)
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     mean = x.double().mean(0)
     spread = float((x.double() - mean).square().mean())
@@ -285,7 +286,8 @@ def fit(self: FrozenHeads,
         raise stop
     return self
 
-def _logits(self, x, device):
+@patch
+def _logits(self: FrozenHeads, x, device):
     "Of all heads `(H, n, k)` in float64, so that a row's answer does not depend on its company."
     net = deepcopy(self.encoder_).to(device, torch.float64)
     with torch.no_grad(), evaluating(net): return torch.cat([net(_scaled(self, part, device, torch.float64)) for part in x.split(16384)], 1)
@@ -293,7 +295,7 @@ def _logits(self, x, device):
 def _set_fitted(self, X, x, run):
     self.encoder_ = run.heads.eval().requires_grad_(True)
     self.best_head_ = int(run.means.argmin())
-    logits = _logits(self, x, run.z.device)
+    logits = self._logits(x, run.z.device)
     best = logits[self.best_head_]
     labels, p = best.argmax(1), best.softmax(1)
     self._n_features_out = k = self.n_clusters
@@ -310,8 +312,8 @@ def predict_proba(self: FrozenHeads,
 ):
     "The chosen head's probabilities `(n, k)`."
     check_is_fitted(self)
-    x, device = _check(self, X, reset=False)
-    return like(_logits(self, x, device)[self.best_head_].softmax(1).to(torch.promote_types(x.dtype, torch.float32)), X)
+    x, device = self._check(X, reset=False)
+    return like(self._logits(x, device)[self.best_head_].softmax(1).to(torch.promote_types(x.dtype, torch.float32)), X)
 
 @patch
 def transform(self: FrozenHeads,
@@ -326,8 +328,8 @@ def predict(self: FrozenHeads,
 ):
     "The chosen head's most probable cluster `(n,)`."
     check_is_fitted(self)
-    x, device = _check(self, X, reset=False)
-    return like(_logits(self, x, device)[self.best_head_].argmax(1), X)
+    x, device = self._check(X, reset=False)
+    return like(self._logits(x, device)[self.best_head_].argmax(1), X)
 
 @patch
 def save(self: FrozenHeads,

@@ -19,12 +19,10 @@ from fastcore.basics import patch
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .autoencoder import DeepClusterer, code_report, encode_all, train_phase
-from .depict import _images, _scaled
-from .path_integral import _nearest_groups, directed_graph
+from .autoencoder import ImageClusterer, code_report, train_phase
+from .path_integral import directed_graph, nearest_groups
 from ..core.aggregate import segment_mean, take_slots
 from ..core.assign import nearest
 from ..core.checks import as_generator, as_tensor, check_int, check_number, like, progress_bar
@@ -174,7 +172,7 @@ def agglomerate(
     Source: Yang, Parikh and Batra, Joint unsupervised learning of deep representations and image clusters, 2016, as its programs have it, but exact. `ValueError` for arguments out of range."""
     n = len(graph.index)
     check_int(n_clusters, "n_clusters", high=n, why="the number of points"), check_int(n_nearest, "n_nearest"), check_number(local_weight, "local_weight", zero=True)
-    labels = _nearest_groups(graph.index).numpy() if labels is None else _numbered(_labels(labels, n))
+    labels = nearest_groups(graph.index).numpy() if labels is None else _numbered(_labels(labels, n))
     if labels.max() + 1 < n_clusters: labels = np.arange(n)
     if points is not None and (given := _numbered(_adopt(graph, labels, as_tensor(points, "points")))).max() + 1 >= n_clusters: labels = given
     groups, cut = ClusterGraph(graph, labels, n_nearest, local_weight), 0
@@ -259,7 +257,7 @@ def unroll_schedule(
     return left
 
 # %% ../../nbs/clustering/13_jule.ipynb #185ec465
-class JULE(DeepClusterer):
+class JULE(ImageClusterer):
     """Merges on a graph and a network that learns from the groups, in turn, until k are left; a scikit-learn estimator.
 
     Takes flat rows, or images `(n, height, width)`, `(n, channels, height, width)`. Fitted attributes: `labels_` `(n,)`, `period_labels_` `(P + 1, n)` (first groups, then those after each period; the last row is the result without `rerun`), `embedding_` `(n, code)` of length one,
@@ -294,11 +292,13 @@ class JULE(DeepClusterer):
         x, labels = batch
         return triplet_loss(net(x), labels, self.margin, self.gamma, self.n_negatives, self.n_near)
 
+    def _encode(self, x): return _unit(super()._encode(x))
+
     def _merged(self, z, labels, n_groups):
         "Groups of rows with codes z: from `labels`, or from first groups if that is None, down to `n_groups`."
         if len(z) == 1: return torch.zeros(1, dtype=torch.int64, device=z.device)
         graph = directed_graph(z, self.n_neighbors, self.scale)
-        if labels is None: labels = _nearest_groups(graph.index)
+        if labels is None: labels = nearest_groups(graph.index)
         many = int(labels.max()) + 1 > 20 * self.n_clusters
         return agglomerate(graph, labels, n_groups, n_nearest=self.n_nearest, local_weight=self.local_weight, points=z if many else None, progress=self.progress)
 
@@ -321,12 +321,10 @@ def _network(self, shape, d, seed):
         torch.default_generator.manual_seed(seed)
         return JULENet(shape or (d,), tuple(self.channels), self.pools, tuple(self.widths), self.code)
 
-def _codes(self, x): return _unit(encode_all(self.encoder_, x))
-
 def _first_groups(self, x):
     "Labels `(n,)` of rows or codes before any merge."
     if len(x) == 1: return torch.zeros(1, dtype=torch.int64)
-    labels = _nearest_groups(directed_graph(x, self.n_neighbors, self.scale).index)
+    labels = nearest_groups(directed_graph(x, self.n_neighbors, self.scale).index)
     return labels if int(labels.max()) + 1 >= self.n_clusters else torch.arange(len(x))
 
 # %% ../../nbs/clustering/13_jule.ipynb #9ea780ba
@@ -336,14 +334,14 @@ def fit(self: JULE,
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Group, then learn and merge in turn; returns self. On Ctrl-C the codes of the weights as they are get clustered, the fitted attributes are set, and the interrupt is raised again."
-    x, device, shape = _images(self, X)
+    x, device, shape = self._check(X)
     _arguments(self, len(x))
     low, high = (float(v) for v in x.aminmax())
     if self.n_clusters > 1 and bool((x == x[0]).all()): raise ValueError(f"n_clusters={self.n_clusters}, but all {len(x)} rows of X are equal: there is one cluster")
     self.shift_, self.scale_ = low, 1 / (high - low) if high > low else 1.
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     net = self.encoder_ = _network(self, shape, x.shape[1], seed)
-    x, stop, self.history_, self.n_iter_ = _scaled(self, x, device), None, [], 0
+    x, stop, self.history_, self.n_iter_ = self._rows(x, device), None, [], 0
     sgd = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
     labels, path = None, []
     def told(period):
@@ -360,18 +358,15 @@ def fit(self: JULE,
                                  schedule=lambda step: (1 + (done + step) / 10_000) ** -.75, device=device, progress=self.progress)
                 except KeyboardInterrupt as e: self.n_iter_ = done + e.history.steps; raise
                 self.n_iter_ = done + steps
-            labels = self._merged(_codes(self, x), labels, left)
+            labels = self._merged(self._encode(x), labels, left)
             told(p)
-        z = _codes(self, x)
+        z = self._encode(x)
         if self.rerun: labels = self._merged(z, None, self.n_clusters)
     except KeyboardInterrupt as e:
-        stop, z = e, _codes(self, x)
+        stop, z = e, self._encode(x)
         labels = self._merged(z, None if self.rerun else labels, self.n_clusters)
     _set_fitted(self, X, z, labels.to(z.device), path)
-    if stop is not None:
-        warnings.warn("JULE was interrupted: the fitted attributes hold the state so far")
-        raise stop
-    return self
+    return self._ended(stop)
 
 # %% ../../nbs/clustering/13_jule.ipynb #a8964259
 def _set_fitted(self, X, z, labels, path):
@@ -381,30 +376,3 @@ def _set_fitted(self, X, z, labels, path):
     self.labels_, self.embedding_, self.cluster_centers_ = (like(t.clone(), X) for t in (labels, z, centers))
     self.period_labels_ = like(torch.stack(path) if path else labels.cpu()[None][:0], X)
     self.inertia_, self._n_features_out = float((z - take_slots(centers, labels)).double().square().sum()), self.n_clusters
-
-@patch
-def embed(self: JULE,
-          X, # images or rows as fitted
-):
-    "The codes `(n, code)`, of length one."
-    check_is_fitted(self)
-    x, device = _images(self, X, reset=False)
-    return like(_codes(self, _scaled(self, x, device)).to(torch.promote_types(x.dtype, torch.float32)), X)
-
-def _both(self, X):
-    z = as_tensor(self.embed(X))
-    return z, as_tensor(self.cluster_centers_).to(z)
-
-@patch
-def predict(self: JULE,
-            X, # images or rows as fitted
-):
-    "The cluster `(n,)` whose mean code is nearest."
-    return like(nearest(*_both(self, X)), X)
-
-@patch
-def transform(self: JULE,
-              X, # images or rows as fitted
-):
-    "Distances `(n, k)` of the codes to the mean codes."
-    return like(torch.cdist(*_both(self, X), compute_mode="donot_use_mm_for_euclid_dist"), X)

@@ -8,21 +8,17 @@ __all__ = ['partial_labels', 'ramp', 'long_tailed', 'macro_accuracy', 'semantic_
 
 # %% ../../nbs/clustering/15_partial_transport.ipynb #b974272e
 import math
-import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
-from sklearn.exceptions import ConvergenceWarning
-from torch import nn
 
-from .autoencoder import Clustered, DeepClusterer, _check, _network, _on, _rows, _start, code_of, code_report, encode_all, refine, train_autoencoder
+from .autoencoder import Clustered, DeepClusterer, code_of, code_report, encode_all, refine, train_autoencoder
 from .path_integral import DirectedGraph, directed_graph
 from ..core.aggregate import take_slots
 from ..core.checks import as_generator, as_tensor, check_int, check_number, like
-from ..core.metrics import collapse_report, contingency
+from ..core.metrics import contingency
 from ..core.transport import sinkhorn
 
 # %% ../../nbs/clustering/15_partial_transport.ipynb #711bc141
@@ -222,28 +218,24 @@ def fit(self: SP2OT,
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Pretrain, start from k-means, label and learn; returns self. On Ctrl-C the fitted attributes are set from the weights as they are, and the interrupt is raised again."
-    x, device = _check(self, X)
+    x, device = self._check(X)
     _arguments(self, x.shape[1])
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     self.scale_ = float(x.double().square().mean()) ** -0.5 if x.any() else 1.
-    self.encoder_, self.history_, self.n_iter_ = _network(self, x.shape[1], seed), [], 0
-    x, net, module, stop = _rows(self, x, device), self.encoder_, None, None
+    self.encoder_, self.history_ = self._network(x.shape[1], seed), []
+    x, net, module, stop = self._rows(x, device), self.encoder_, None, None
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)
     try:
         train_autoencoder(net, x, self.pretrain, self.pretrain_epochs, self.noise, self.lr, self.history_, **keywords)
         z = encode_all(net, x)
-        module = Clustered(net, F.normalize(_start(self, z, seed).cluster_centers_))
+        module = Clustered(net, F.normalize(self._start(z, seed).cluster_centers_))
         W = semantic_graph(directed_graph(z, self.n_neighbors)) if self.semantic_weight and len(z) > 1 else None
-        self.n_iter_ = refine(module, x, self._assign, _labeller(self, W), self._loss, optimizer=torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=self.cluster_lr),
-                              update_interval=self.update_interval, tol=self.tol, max_iter=self.max_iter, records=self.history_, **keywords)
+        refine(module, x, self._assign, _labeller(self, W), self._loss, optimizer=torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=self.cluster_lr),
+               update_interval=self.update_interval, tol=self.tol, max_iter=self.max_iter, records=self.history_, **keywords)
     except KeyboardInterrupt as e: stop = e
     z = encode_all(net, x)
-    _set_fitted(self, X, z, F.normalize(_start(self, z, seed).cluster_centers_ if module is None else module.centers.detach()))
-    if stop is not None:
-        self.n_iter_ = max([r["step"] for r in self.history_ if r["phase"] == "clusters"], default=0)
-        warnings.warn("SP2OT was interrupted: the fitted attributes hold the state so far")
-        raise stop
-    return self
+    _set_fitted(self, X, z, F.normalize(self._start(z, seed).cluster_centers_ if module is None else module.centers.detach()))
+    return self._ended(stop)
 
 def _labeller(self, W):
     "The function from all logits `(n, k)` to labels with weights `(n, k)`; it goes on from its last labels."
@@ -264,18 +256,16 @@ def _set_fitted(self, X, z, centers):
     p = logits.softmax(1)
     labels, self.confidence_ = p.argmax(1), float(p.amax(1).mean())
     self.report_ = code_report(z, labels, self.n_clusters)
-    if self.n_clusters > 1 and (self.report_.collapsed or self.report_.active < self.n_clusters):
-        warnings.warn(f"the codes have collapsed or clusters are empty: {self.report_}", ConvergenceWarning)
-    elif self.n_clusters > 1 and collapse_report(p).collapsed: warnings.warn(f"memberships tell next to nothing: the largest is {self.confidence_:.3f} on average, 1/k = {1 / self.n_clusters:.3f}", ConvergenceWarning)
+    self._warn_collapse(p)
     self.labels_, self.cluster_centers_, self.embedding_ = like(labels, X), like(centers.clone(), X), like(z, X)
-    self.inertia_, self._n_features_out = float((F.normalize(z) - take_slots(centers, labels)).double().square().sum()), self.n_clusters
+    self.inertia_, self._n_features_out, self.n_iter_ = float((F.normalize(z) - take_slots(centers, labels)).double().square().sum()), self.n_clusters, self._steps("clusters")
 
 @patch
 def predict_proba(self: SP2OT,
                   X, # `(n, d)`
 ):
     "The memberships `(n, k)` of @eq-head, of clean rows."
-    z, centers = _on(self, X)
+    z, centers = self._on(X)
     return like((F.normalize(z) @ centers.T / self.temperature).softmax(1), X)
 
 @patch
@@ -290,5 +280,5 @@ def predict(self: SP2OT,
             X, # `(n, d)`
 ):
     "The cluster `(n,)` with the largest membership."
-    z, centers = _on(self, X)
+    z, centers = self._on(X)
     return like((F.normalize(z) @ centers.T).argmax(1), X)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
-from .autoencoder import DeepClusterer, _check, _network, _on, _rows, code_of, code_report, encode_all, train_autoencoder, train_phase
+from .autoencoder import DeepClusterer, code_of, code_report, encode_all, train_autoencoder, train_phase
 from .kmeans import KMeans
 from .mixtures import Mixture, em_steps, log_gaussian, log_shares, m_step
 from ..core.aggregate import take_slots
@@ -227,12 +227,12 @@ def fit(self: VaDE,
         y=None, # ignored, here by scikit-learn's convention
 ):
     "Pretrain, start from a mixture, climb the bound; returns self. On Ctrl-C the fitted attributes are set from the weights as they are, and the interrupt is raised again."
-    x, device = _check(self, X)
+    x, device = self._check(X)
     _arguments(self)
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     self.scale_, self.range_ = float(x.double().square().mean())**-.5 if x.any() else 1., [float(v) for v in x.aminmax()]
-    net = self.encoder_ = _network(self, x.shape[1], seed)
-    x, module, stop, self.history_ = _rows(self, x, device), None, None, []
+    net = self.encoder_ = self._network(x.shape[1], seed)
+    x, module, stop, self.history_ = self._rows(x, device), None, None, []
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)
     def begin():
         mixture = first_mixture(z := encode_all(net, x), self.n_clusters, self.init, self.n_init, seed)
@@ -249,10 +249,7 @@ def fit(self: VaDE,
                     schedule=lambda step: max(self.decay**(step // per_epoch // self.decay_epochs), self.floor), **keywords)
     except KeyboardInterrupt as e: stop = e
     _set_fitted(self, X, x, module or begin())
-    if stop is not None:
-        warnings.warn("VaDE was interrupted: the fitted attributes hold the state so far")
-        raise stop
-    return self
+    return self._ended(stop)
 
 def _arguments(self):
     for name in ("epochs", "decay_epochs"): check_int(getattr(self, name), name)
@@ -272,9 +269,8 @@ def _set_fitted(self, X, x, module):
             costs.append((joint.softmax(1)[..., None] * gaussian_kl(mu, log_var, prior.means, prior.log_vars)).sum(1)), codes.append(mu), labels.append(joint.argmax(1))
         z, labels, cost = torch.cat(codes), torch.cat(labels), torch.cat(costs).mean(0)
     self.report_ = code_report(z, labels, self.n_clusters)
-    self.n_iter_ = max([r["step"] for r in self.history_ if r["phase"] == "bound"], default=0)
-    if self.n_clusters > 1 and (self.report_.collapsed or self.report_.active < self.n_clusters): warnings.warn(f"the codes have collapsed or clusters are empty: {self.report_}", ConvergenceWarning)
-    elif self.n_iter_ and float(cost.max()) < .01: warnings.warn(f"the posterior has collapsed: within its cluster no dimension of the code tells more than {float(cost.max()):.1e} nats", ConvergenceWarning)
+    self.n_iter_ = self._steps("bound")
+    if not self._warn_collapse() and self.n_iter_ and float(cost.max()) < .01: warnings.warn(f"the posterior has collapsed: within its cluster no dimension of the code tells more than {float(cost.max()):.1e} nats", ConvergenceWarning)
     self.labels_, self.cluster_centers_, self.embedding_, self.weights_, self.variances_, self.kl_ = (like(t.detach().clone(), X) for t in (labels, prior.means, z, prior.log_weights.exp(), prior.log_vars.exp(), cost))
     self.head_weights_, self.head_biases_ = (like(t.detach().clone(), X) for t in (module.head.weight, module.head.bias))
     self.inertia_, self._n_features_out = float((z - take_slots(prior.means.detach(), labels)).double().square().sum()), self.n_clusters
@@ -290,7 +286,7 @@ def predict_proba(self: VaDE,
                   X, # `(n, d)`
 ):
     "Memberships `(n, k)`, @eq-gamma at the mean of the code."
-    z = _on(self, X)[0]
+    z = self._on(X)[0]
     return like(log_joint(z, _prior(self, z)).softmax(1), X)
 
 @patch
@@ -298,7 +294,7 @@ def predict(self: VaDE,
             X, # `(n, d)`
 ):
     "The cluster `(n,)` of the largest membership."
-    z = _on(self, X)[0]
+    z = self._on(X)[0]
     return like(log_joint(z, _prior(self, z)).argmax(1), X)
 
 @patch
@@ -322,8 +318,8 @@ def log_evidence(self: VaDE,
                  draws=64, # S of @eq-weights
 ):
     "Estimate of log p(x) for each row, `(n,)`, from below: of rows mapped to [0, 1] under \"bernoulli\" (a probability for 0 and 1 alone), of rows as they are under \"gaussian\". The same for each call with a number as `random_state`."
-    z = _on(self, X)[0]                                                                    # checks X
-    x, module = _rows(self, as_tensor(X), z.device), _fitted_module(self, z)
+    z = self._on(X)[0]                                                                    # checks X
+    x, module = self._rows(as_tensor(X), z.device), _fitted_module(self, z)
     generator, found = as_generator(self.random_state), []
     with torch.no_grad(), evaluating(module):
         for part in x.split(max(1, 16384 // check_int(draws, "draws"))):
