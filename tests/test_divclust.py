@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.base import clone
 from sklearn.cluster import SpectralClustering
 from sklearn.datasets import make_blobs
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -138,7 +138,7 @@ def test_the_loss_and_the_bank_by_hand():
             losses, others = super()._objective(run, net, a, b)
             seen.append((net(torch.cat([a, b])).detach(), float(others["diversity"].detach()), others["bound"], others["nmi"], run.bank.clone()))
             return losses, others
-    Watched(4, **QUICK | {"nmi_interval": 2, "batch_size": 30, "bank_size": 100}, nmi_target=.01, bound_start=.6, bound_rate=.9).fit(X)
+    model = Watched(4, **QUICK | {"nmi_interval": 2, "batch_size": 30, "bank_size": 100}, nmi_target=.01, bound_start=.6, bound_rate=.9).fit(X)
     bank, bound = torch.empty(3, 0, dtype=torch.int64), .6
     for step, (logits, pushed, d, measured, kept) in enumerate(seen):
         bank = torch.cat([logits.argmax(2), bank], 1)[:, :100]
@@ -149,6 +149,7 @@ def test_the_loss_and_the_bank_by_hand():
         assert d == pytest.approx(bound) and measured == pytest.approx(now, abs=1e-9)
         assert pushed == pytest.approx(float(diversity_loss(logits.softmax(2), bound)), abs=1e-6)
     assert len(seen) == 9 and bank.shape == (3, 100)
+    assert model.bound_ == pytest.approx(bound) and model.history_[-1]["bound"] != pytest.approx(bound)   # the last, not the last epoch's mean
 
 
 def test_the_target_is_kept():
@@ -198,6 +199,49 @@ def test_interrupted():
     model = Stopped(4, **QUICK | {"max_iter": 40})
     with pytest.warns(UserWarning, match="interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
     assert np.array_equal(model.predict(X), model.labels_) and model.n_iter_ < 40
+
+
+def test_interrupted_before_training():
+    "A second fit that ends before its first step leaves no mixture of two fits."
+    class Stopped(DivClust):
+        def _begin(self, run):
+            if hasattr(self, "stop"): raise KeyboardInterrupt
+            super()._begin(run)
+    model = Stopped(4, **QUICK).fit(X)
+    model.stop = True
+    with pytest.raises(KeyboardInterrupt): model.fit(100 * X + 7)
+    for call in (model.predict, model.predict_proba, model.transform, model.predict_heads):
+        with pytest.raises(NotFittedError): call(X)
+    del model.stop
+    assert np.array_equal(model.fit(X).labels_, DivClust(4, **QUICK).fit(X).labels_)
+
+
+def test_interrupted_at_the_consensus(monkeypatch):
+    "Then the heads are the new fit's and can be asked; the old consensus is gone."
+    model = DivClust(4, **QUICK).fit(X)
+    def stop(*args, **keywords): raise KeyboardInterrupt
+    monkeypatch.setattr("deepclustering.clustering.divclust.Consensus", stop)
+    with pytest.raises(KeyboardInterrupt): model.fit(X[::-1].copy())
+    for call in (model.predict, model.predict_proba):
+        with pytest.raises(NotFittedError): call(X)
+    assert np.array_equal(model.predict_heads(X[::-1]), model.head_labels_)
+
+
+def test_clusters_that_training_never_used():
+    "Two heads without an entropy: the highest numbers are nobody's in training, and far rows fall into them."
+    model = DivClust(8, n_heads=2, entropy_weight=0., max_iter=5, n_neighbors=5, batch_size=50, random_state=0, device="cpu", progress=False).fit(X)
+    new = 100 * np.random.default_rng(0).normal(size=(500, 6))
+    assert model.head_labels_.max() < model.predict_heads(new).max() <= 7                         # or the test shows nothing
+    assert set(model.predict(new)) <= set(range(8)) and np.allclose(model.predict_proba(new).sum(1), 1)
+    assert model.consensus_places_.shape[:2] == (2, 8)
+
+
+def test_consensus_with_names_that_nobody_has():
+    truth, heads = noisy(0)
+    wide, tight = Consensus(heads, 4, each=9, random_state=0), Consensus(heads, 4, random_state=0)
+    assert wide.places_.shape[:2] == (8, 9) and tight.places_.shape[:2] == (8, 4) and ari(wide.labels_, tight.labels_) == 1
+    torch.testing.assert_close(wide.places_[:, 4:], torch.zeros_like(wide.places_[:, 4:]), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="each must be"): Consensus(heads, 4, each=0)
 
 
 @pytest.mark.parametrize("name, value", [("n_clusters", 91), ("n_heads", 0), ("nmi_target", 0.), ("nmi_target", 1.1), ("nmi_interval", 0), ("bound_rate", 0.), ("bound_rate", 1.5), ("bound_start", 0.), ("bank_size", 0), ("entropy_weight", -1.), ("lr", 0.)])

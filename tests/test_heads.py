@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.base import clone
 from sklearn.datasets import make_blobs
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -42,6 +42,29 @@ def test_neighbours_far_from_the_origin_and_doubled():
     twice = feature_neighbors(np.repeat(x, 2, 0), 1)[:, 0]
     assert np.array_equal(twice, np.arange(80).reshape(-1, 2)[:, ::-1].ravel())                                # its copy, never itself
     assert feature_neighbors(np.zeros((4, 2)), 9).shape == (4, 3)
+
+
+def test_a_row_of_zeros_has_cosine_zero():
+    "Cosines by hand: row 0 has .4, 0, -.995; row 1 .4, 0, -.308; row 3 -.995, -.308, 0; row 2 a tie."
+    x = torch.tensor([[1, 0], [.4, .9165], [0, 0], [-1, .1]])
+    assert feature_neighbors(x, 1)[[0, 1, 3], 0].tolist() == [1, 0, 2]
+    many = np.random.default_rng(0).normal(size=(50, 4)); many[::7] = 0
+    rows = np.flatnonzero(many.any(1))                                                           # the others have ties alone
+    length = np.linalg.norm(many, axis=1, keepdims=True)
+    cosines = (many @ many.T) / np.where(length, length, 1) / np.where(length, length, 1).T
+    np.fill_diagonal(cosines, -2)
+    found = feature_neighbors(many, 20).numpy()
+    np.testing.assert_allclose(np.take_along_axis(cosines, found, 1)[rows], -np.sort(-cosines, 1)[rows, :20], atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_neighbours_at_the_ends_of_float32(metric, scale):
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    wanted = NearestNeighbors(n_neighbors=3, metric=metric, algorithm="brute").fit(x.double().numpy()).kneighbors(return_distance=False)
+    assert np.array_equal(feature_neighbors(x * scale, 3, metric), wanted)
+    lengths = torch.logspace(-30, 30, 40)[:, None]                                               # each row with its own
+    if metric == "cosine": assert np.array_equal(feature_neighbors(x * lengths, 3), wanted)
 
 
 # --- losses ---
@@ -230,6 +253,26 @@ def test_interrupted(kind, call):
     model = Stopped(4, **{**QUICK, "max_iter": 40})
     with pytest.warns(UserWarning, match="interrupted"), pytest.raises(KeyboardInterrupt): model.fit(X)
     assert np.array_equal(model.predict(X), model.labels_) and model.n_iter_ < 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_before_training(kind, tmp_path):
+    "A second fit that ends before its first step leaves no mixture of two fits."
+    class Stopped(kind):
+        def _begin(self, run):
+            if hasattr(self, "stop"): raise KeyboardInterrupt
+            super()._begin(run)
+    model = Stopped(4, **QUICK).fit(X)
+    model.stop = True
+    with pytest.raises(ValueError, match="n_clusters"): model.set_params(n_clusters=91).fit(X)
+    assert np.array_equal(model.predict(X), model.labels_)                                       # refused arguments leave the old fit
+    with pytest.raises(KeyboardInterrupt): model.set_params(n_clusters=4).fit(100 * X + 7)
+    for call in (model.predict, model.predict_proba, model.transform):
+        with pytest.raises(NotFittedError): call(X)
+    with pytest.raises(NotFittedError): model.save(tmp_path / "m.safetensors")
+    assert not hasattr(model, "labels_") and not hasattr(model, "head_labels_")
+    del model.stop
+    assert np.array_equal(model.fit(X).labels_, kind(4, **QUICK).fit(X).labels_)
 
 
 @pytest.mark.parametrize("kind, name, value", [*((k, n, v) for k in KINDS for n, v in (("n_clusters", 91), ("n_clusters", 0), ("n_heads", 0), ("n_neighbors", 0), ("metric", "l1"), ("hidden", -1), ("max_iter", 0), ("lr", 0.), ("batch_size", 2.5))),

@@ -260,3 +260,34 @@ def test_budgets_by_variance(scaled):
     equal = by_variance([torch.zeros(1, 2, 50)] * 3, torch.full((3, 1, 2), 7), torch.full((3, 1), 4.))
     assert equal.flatten().tolist() == [7] * 6                                        # layers alike: nothing changes
     assert H2O.allocate is uniform
+
+
+@rules
+def test_nan_in_empty_slots(weights):
+    "Padding on the left that holds NaN: nothing of it reaches what stays, nor does what leaves without being merged."
+    k, v, at = normal(2, 2, 12, D, seed=1), normal(2, 2, 12, D, seed=2), torch.arange(12).expand(2, 2, 12).clone()
+    at[1] -= 4; at[1, :, :4] = -1
+    keep = (at >= 0) & (torch.arange(12) % 3 == 0)
+    holes = (at < 0).unsqueeze(3)
+    pairs = nearest_kept(k.masked_fill(holes, math.nan), keep, at)
+    assert (pairs.gone[1] < 0).any() and (pairs.gone[0] >= 0).all()
+    for tau in (-math.inf, .3):
+        got, want = merge_pairs(k.masked_fill(holes, math.nan), v.masked_fill(holes, math.nan), pairs, tau, weights), merge_pairs(k, v, nearest_kept(k, keep, at), tau, weights)
+        alone = merge_pairs(k[1:, :, 4:], v[1:, :, 4:], nearest_kept(k[1:, :, 4:], keep[1:, :, 4:], at[1:, :, 4:]), tau, weights)
+        for a, b, c in zip(got[:3], want[:3], alone[:3]):
+            assert a[keep].isfinite().all() and torch.equal(a[keep], b[keep])
+            close(a[1:][keep[1:]], c[keep[1:, :, 4:]])
+    values = v.clone()
+    b, h, j = ((pairs.similarity < .3) & (pairs.gone >= 0)).nonzero()[0].tolist()
+    values[b, h, pairs.gone[b, h, j]] = math.nan                                      # leaves, and is not merged
+    assert merge_pairs(k, values, nearest_kept(k, keep, at), .3, weights).values[keep].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, steps", [(torch.bfloat16, [250] + [1] * 50 + [300]), (torch.float16, [2000] + [1] * 100 + [900])])
+def test_counts_do_not_stop_in_half_precision(dtype, steps):
+    "256 + 1 is 256 in bfloat16, and 2,048 + 1 is 2,048 in float16."
+    tokens, cache = torch.ones(1, 1, sum(steps), 4, dtype=dtype), MergingCache(H2O, 2, .9, weights="count", count=True)
+    for part in torch.arange(sum(steps)).split(steps): keys, values, _, bias = cache.update(0, tokens[:, :, part], tokens[:, :, part], part.view(1, 1, -1), queries=tokens[:, :, part])
+    assert keys.dtype == values.dtype == dtype and cache.layers[0].keys.dtype == dtype and bias.isfinite().all()
+    assert cache.counts[0].dtype == torch.float32 and cache.counts[0].sum() == sum(steps) == {torch.bfloat16: 600, torch.float16: 3000}[dtype]
+    assert (keys == 1).all() and (values == 1).all() and cache.nbytes == cache.layers[0].nbytes + 2 * 4   # two slots, a float32 each

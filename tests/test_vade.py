@@ -350,3 +350,21 @@ def test_bad_data():
     model = VaDE(2, **QUICK).fit(X)
     for call in (lambda: model.sample(0), lambda: model.sample(1, cluster=2), lambda: model.log_evidence(X, 0), lambda: model.predict(X[:, :5])):
         with pytest.raises(ValueError, match="n_samples|cluster|draws|features"): call()
+
+
+def test_a_network_with_batch_norm_is_only_asked_in_evaluation():
+    "Two rows are enough to look at the widths, and no running mean moves before training."
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Linear(3, 6)
+        def encode(self, x): return self.norm(self.up(x))
+        def decode(self, z): return self.down(z)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = Net()
+    rows = np.random.default_rng(0).random((60, 6))
+    model = VaDE(3, encoder=net, pretrain="none", epochs=1, n_init=1, batch_size=20, device="cpu", random_state=0, progress=False).fit(rows)
+    before = model.encoder_.norm.running_mean.clone()
+    assert np.isfinite(model.log_evidence(rows[:1], 4)).all() and np.isfinite(model.log_evidence(rows[:3], 4)).all()
+    assert torch.equal(model.encoder_.norm.running_mean, before)

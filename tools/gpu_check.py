@@ -790,6 +790,20 @@ def _(x):
     return torch.bincount(first).sort().values.float(), torch.tensor([float(model.report_.active), float(len(model.period_labels_)), float(torch.as_tensor(model.embedding_).norm(dim=1).mean())])
 
 
+@check("pseudo_labels.swav_codes", a_cloud, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.pseudo_labels import swav_codes
+    z = torch.nn.functional.normalize(x, dim=1)
+    S = z @ z[:4].T
+    return swav_codes(S, S[::2]), swav_codes(S, n_iters=100)
+
+
+@check("pseudo_labels.multi_crop", unit_pixels, 1e-3, lambda x: (0, 0))
+def _(x):
+    from deepclustering.clustering.pseudo_labels import multi_crop
+    return tuple(multi_crop(x.reshape(-1, 1, 8, 8), counts=(1, 1), generator=torch.Generator().manual_seed(0)))
+
+
 @check("partial_transport.semantic_labels", a_cloud, 1e-3, lambda x: (0, 0))
 def _(x):
     from deepclustering.clustering.partial_transport import semantic_graph, semantic_labels
@@ -1246,6 +1260,17 @@ def _(scores, similarity):
     from deepclustering.kv.budgets import adakv, by_entropy, pyramid, squeeze
     counts = torch.full(scores.shape[:3], scores.shape[3] // 4, device=scores.device)
     return torch.stack([allocate(list(scores), counts) for allocate in (adakv, pyramid, by_entropy, partial(squeeze, similarity=similarity))]).float()
+
+
+@check("kv.grain", slot_scores, 0, lambda scores, similarity: (size(scores), 0), plain=True)  # means in float64
+def _(scores, similarity):
+    from deepclustering.kv.budgets import AdaSnapKV
+    from deepclustering.kv.eviction import H2O
+    from deepclustering.kv.grain import by_chunk, pages_held
+    coarse, counts = (10 * scores).round(), torch.full(scores.shape[:3], scores.shape[3] // 4, device=scores.device)   # whole numbers: ties fall to the same slot everywhere
+    at = torch.arange(scores.shape[3], device=scores.device).expand(scores.shape[1:])
+    masks = torch.stack([torch.stack(by_chunk(method, c, heads).choose(list(coarse), [at] * len(coarse), counts)) for method, c, heads in ((H2O, 8, True), (AdaSnapKV, 5, False), (H2O, 1, False))])
+    return masks.float(), torch.stack([pages_held(m, at) for m in masks.flatten(0, 1)]).float()
 
 
 @check("kv.stages", cached_tokens, 2e-5, lambda q, kv: (size(q) + size(kv), 0))

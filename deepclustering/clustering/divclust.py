@@ -78,13 +78,14 @@ class Consensus:
         labels,          # `(H, n)`, clusters from 0
         n_clusters,      # k of the result
         n_init=10,       # starts of k-means
+        each=None,       # clusters of a head; None: as many as there are names
         random_state=None, # None, whole number or generator
     ):
         labels = torch.as_tensor(labels)
         if labels.dim() != 2 or labels.is_floating_point() or labels.numel() == 0 or int(labels.min()) < 0: raise ValueError(f"labels must be whole numbers from 0, (heads, items), got {labels.dtype} {tuple(labels.shape)}")
         H, n = labels.shape
         check_int(n_clusters, "n_clusters", high=n, why="the number of items")
-        each = int(labels.max()) + 1
+        each = max(1 if each is None else check_int(each, "each"), int(labels.max()) + 1)
         slots = labels.long() + each * torch.arange(H, device=labels.device)[:, None]   # (H, n)
         sizes = slots.flatten().bincount(minlength=H * each).double()
         scale = sizes.clamp_min(1).rsqrt() / H**.5
@@ -119,8 +120,8 @@ class Consensus:
 class DivClust(SCANHead):
     """Heads on frozen features with SCAN's loss, kept as different as asked for, and their consensus; a scikit-learn estimator.
 
-    `labels_`, `predict` are the consensus; `predict_proba`, `transform` the shares of the heads' votes, `(n, k)`. Fitted attributes beside those of `FrozenHeads` (whose `best_head_` and `report_` are those of the head with the lowest loss): `nmi_` (mean over pairs of heads, all rows), `bound_` (d at the end),
-    `consensus_places_` and `consensus_centers_` (see `Consensus`). `history_` also has "bound", "nmi" (of the bank) and "diversity" (the loss). Source: Metaxas and others, DivClust, 2023, on the heads of SCAN, 2020.
+    `labels_`, `predict` are the consensus; `predict_proba`, `transform` the shares of the heads' votes, `(n, k)`. Fitted attributes beside those of `FrozenHeads` (whose `best_head_` and `report_` are those of the head with the lowest loss): `nmi_` (mean over pairs of heads, all rows), `bound_` (d after the last step; 1 without a diversity loss),
+    `consensus_places_` and `consensus_centers_` (see `Consensus`). `history_` also has "bound", "nmi" (of the bank) and "diversity" (the loss), means over the epoch. Source: Metaxas and others, DivClust, 2023, on the heads of SCAN, 2020.
     Errors as of `SCANHead`; a `ConvergenceWarning` if the target is missed from above by more than .05."""
     def __init__(
         self,
@@ -145,7 +146,9 @@ class DivClust(SCANHead):
     ):
         vars(self).update({k: v for k, v in locals().items() if k not in ("self", "__class__")})
 
-    def _begin(self, run): run.bank, run.bound = None, self.bound_start
+    def _begin(self, run):
+        run.bank, run.bound, self.bound_ = None, self.bound_start, 1.
+        for name in ("consensus_places_", "consensus_centers_"): vars(self).pop(name, None)   # of an older fit
 
     def _objective(self, run, net, a, b):
         a, b = net(a), net(b)
@@ -155,7 +158,7 @@ class DivClust(SCANHead):
         run.bank = labels if run.bank is None else torch.cat([labels, run.bank], 1)[:, :self.bank_size]
         if (run.taken - 1) % self.nmi_interval == 0:
             run.measured = mean_pair(head_nmi(run.bank, self.n_clusters))
-            run.bound = next_bound(run.bound, run.measured, self.nmi_target, self.bound_rate)
+            run.bound = self.bound_ = next_bound(run.bound, run.measured, self.nmi_target, self.bound_rate)
         pushed = diversity_loss(torch.cat([a, b], 1).softmax(2), run.bound) if run.bound < 1 else 0. * losses.sum()
         return losses, {"extra": pushed, "diversity": pushed, "bound": run.bound, "nmi": run.measured}
 
@@ -174,8 +177,8 @@ def fit(self: DivClust,
     except KeyboardInterrupt as e: stop = e
     if stop is not None and not hasattr(self, "head_labels_"): raise stop
     heads = torch.as_tensor(self.head_labels_)
-    joint = Consensus(heads, self.n_clusters, random_state=as_generator(self.random_state))
-    self.nmi_, self.bound_ = mean_pair(head_nmi(heads, self.n_clusters)), next((r["bound"] for r in self.history_[::-1] if "bound" in r), 1.)
+    joint = Consensus(heads, self.n_clusters, each=self.n_clusters, random_state=as_generator(self.random_state))
+    self.nmi_ = mean_pair(head_nmi(heads, self.n_clusters))
     self.consensus_places_, self.consensus_centers_, self.labels_ = (like(t, X) for t in (joint.places_, joint.centers_, joint.labels_))
     if self.nmi_ > self.nmi_target + .05: warnings.warn(f"the heads' NMI is {self.nmi_:.3f}, above nmi_target={self.nmi_target}: the bound was still falling; more epochs or a lower bound_rate may help", ConvergenceWarning)
     if stop is not None: raise stop
@@ -192,7 +195,7 @@ def predict(self: DivClust,
             X, # `(n, d)`
 ):
     "The consensus cluster `(n,)`."
-    check_is_fitted(self)
+    check_is_fitted(self, ["encoder_", "consensus_centers_"])
     x, device = self._check(X, reset=False)
     heads = self._logits(x, device).argmax(2)
     return like(_joint(self, heads).predict(heads), X)
@@ -202,7 +205,7 @@ def predict_heads(self: DivClust,
                   X, # `(n, d)`
 ):
     "What each head says, `(H, n)`."
-    check_is_fitted(self)
+    check_is_fitted(self, "encoder_")
     x, device = self._check(X, reset=False)
     return like(self._logits(x, device).argmax(2), X)
 
@@ -211,7 +214,7 @@ def predict_proba(self: DivClust,
                   X, # `(n, d)`
 ):
     "The share of heads `(n, k)` whose cluster has its place nearest to that centre of the consensus. `predict` sums places, so the two may differ where the heads are split."
-    check_is_fitted(self)
+    check_is_fitted(self, ["encoder_", "consensus_centers_"])
     x, device = self._check(X, reset=False)
     heads = self._logits(x, device).argmax(2)
     joint = _joint(self, heads)

@@ -40,11 +40,13 @@ def feature_neighbors(
     "Indices `(n, m)` of each row's nearest other rows, the nearest first; n^2 products in blocks. `ValueError` for NaN, fewer than two rows, arguments out of range."
     X, m = as_tensor(X, min_samples=2), min(check_int(n_neighbors, "n_neighbors"), len(X) - 1)
     if metric not in METRICS: raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    z = X.to(torch.promote_types(X.dtype, torch.float32))
-    z = F.normalize(z, dim=1) if metric == "cosine" else z - z.mean(0)
-    half, found = z.square().sum(1) / 2, []
+    z, cosine = X.to(torch.promote_types(X.dtype, torch.float32)), metric == "cosine"
+    if not cosine: z = z - z.mean(0)
+    z = z / z.abs().amax(1 if cosine else (0, 1), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)   # squares neither overflow nor vanish
+    if cosine: z = F.normalize(z, dim=1)
+    half, found = 0. if cosine else z.square().sum(1) / 2, []
     for rows in torch.arange(len(z), device=z.device).split(max(1, 2**24 // len(z))):
-        closeness = z[rows] @ z.T - half                                            # |z_i|^2 / 2 - |z_i - z_j|^2 / 2: the first term is the same for all j
+        closeness = z[rows] @ z.T - half                                            # the cosine, or |z_i|^2 / 2 - |z_i - z_j|^2 / 2: the first term is the same for all j
         found.append(closeness.scatter(1, rows[:, None], -torch.inf).topk(m).indices)
     return torch.cat(found)
 
@@ -268,6 +270,7 @@ def fit(self: FrozenHeads,
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
     mean = x.double().mean(0)
     spread = float((x.double() - mean).square().mean())
+    for name in ("encoder_", "head_labels_", "labels_"): vars(self).pop(name, None)    # what an older fit left does not go with the new scale
     self.mean_, self.scale_ = like(mean, X), spread**-.5 if spread else 1.
     z = _scaled(self, x, device, torch.float32)
     near = feature_neighbors(x.to(device), self.n_neighbors, self.metric)
@@ -311,7 +314,7 @@ def predict_proba(self: FrozenHeads,
                   X, # `(n, d)`
 ):
     "The chosen head's probabilities `(n, k)`."
-    check_is_fitted(self)
+    check_is_fitted(self, "encoder_")
     x, device = self._check(X, reset=False)
     return like(self._logits(x, device)[self.best_head_].softmax(1).to(torch.promote_types(x.dtype, torch.float32)), X)
 
@@ -327,7 +330,7 @@ def predict(self: FrozenHeads,
             X, # `(n, d)`
 ):
     "The chosen head's most probable cluster `(n,)`."
-    check_is_fitted(self)
+    check_is_fitted(self, "encoder_")
     x, device = self._check(X, reset=False)
     return like(self._logits(x, device)[self.best_head_].argmax(1), X)
 
@@ -336,7 +339,7 @@ def save(self: FrozenHeads,
          path, # the file to write, customarily *.safetensors
 ):
     "Write parameters, fitted attributes and weights as safetensors and JSON."
-    check_is_fitted(self)
+    check_is_fitted(self, "encoder_")
     fitted = {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_") and k != "encoder_"}
     arrays = [k for k, v in fitted.items() if hasattr(v, "__array__") and not isinstance(v, torch.Tensor)]
     objects = [k for k in arrays if fitted[k].dtype == object]                         # names of a data frame's columns

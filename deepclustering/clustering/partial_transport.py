@@ -119,7 +119,9 @@ def semantic_labels(
     A local minimum at best, and `start` decides which. Source: Zhang, Ren and He, SP2OT: Semantic-regularized progressive partial optimal transport for imbalanced clustering, 2024, and their program; the damping is ours. `ValueError` naming the argument."""
     keywords = dict(column_weight=column_weight, n_iters=n_iters, tol=tol)
     if not check_number(semantic_weight, "semantic_weight", zero=True): return partial_labels(log_p, rho, eps=eps, **keywords)
+    if log_p.dim() != 2: raise ValueError(f"log_p must be a matrix, got {tuple(log_p.shape)}")
     n, k = log_p.shape
+    if start is not None and (tuple(start.shape) != (n, k) or not float(start.sum()) > 0): raise ValueError(f"start must be of shape ({n}, {k}) with a positive sum, got {tuple(start.shape)}")
     if tuple(W.shape) != (n, n): raise ValueError(f"W must be of shape ({n}, {n}), one row for each of log_p, got {tuple(W.shape)}")
     log_p, W, tiny = log_p.detach().double(), W.double(), torch.finfo(torch.float64).tiny
     Q = log_p.new_full((n, k), rho / n / k) if start is None else start.double() * (rho / start.double().sum())
@@ -137,6 +139,7 @@ def semantic_labels(
             then = value(new)
             if not damped or then <= now + slack or eta > 100 * (semantic_weight + eps): break
             eta = max(2 * eta, eps)
+        if damped and then > now + slack: break                                    # no step falls: what was there stays
         Q, fall, now = new, now - then, then
         values.append(now)
         if damped and fall < 10 * slack: break
@@ -148,7 +151,7 @@ class SP2OT(DeepClusterer):
 
     `semantic_weight=0` is P2OT, with `rho_start=1` too it is unbalanced transport, and with `column_weight=inf` also equal shares, as SeLa has.
     Fitted attributes: `labels_` `(n,)`, `cluster_centers_` (unit prototypes, `(k, code)`), `embedding_` `(n, code)`, `inertia_` (squared distances of unit codes to their prototypes), `encoder_`, `scale_`, `history_` (dicts: "phase", "step", "loss", for "clusters" also "moved", "active", "rho"),
-    `n_iter_` (steps), `report_` (`code_report`), `confidence_` (mean largest membership), `n_features_in_`. Source: Zhang, Ren and He, SP2OT, 2024, and its program; the chapter says what differs.
+    `n_iter_` (steps; after Ctrl-C those up to the last labelling), `report_` (`code_report`), `confidence_` (mean largest membership), `n_features_in_`. Source: Zhang, Ren and He, SP2OT, 2024, and its program; the chapter says what differs.
     Raises `ValueError` for NaN, arguments out of range, equal rows; a `ConvergenceWarning` tells of empty clusters, collapsed codes and memberships that are all but equal."""
     tol = 0.   # the schedule runs to its end
 

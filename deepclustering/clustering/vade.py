@@ -107,9 +107,9 @@ class _Variational(nn.Module):
     ):
         super().__init__()
         self.net = net
-        mu, h = (t.detach() for t in self._codes(x))
-        self.head = nn.Linear(h.shape[1], mu.shape[1], dtype=mu.dtype, device=mu.device)
-        nn.init.xavier_uniform_(self.head.weight), nn.init.zeros_(self.head.bias)                   # Keras's default, as in the program
+        with torch.no_grad(), evaluating(net): mu, h = self._codes(x)
+        self.head = nn.Linear(h.shape[1], mu.shape[1], dtype=mu.dtype)                              # drawn on the CPU, whose generator the caller seeded
+        nn.init.xavier_uniform_(self.head.weight), nn.init.zeros_(self.head.bias), self.head.to(mu.device)   # Keras's default, as in the program
         if share is not None:
             with torch.no_grad(): self.head.weight.zero_(), self.head.bias.copy_(_unbounded((share * mixture.covariances.mean(0)).log()))
         self.logits, self.means = nn.Parameter(mu.new_zeros(len(mixture.means))), nn.Parameter(mixture.means.to(mu))   # weights start equal

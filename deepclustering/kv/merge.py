@@ -83,7 +83,8 @@ def merge_pairs(
     passed = (u >= tau) & (u > -math.inf)
     wide = u.dtype
     counts = torch.ones_like(keys[..., 0], dtype=wide) if counts is None else counts.to(wide)
-    k, v, c, u = _pick(keys, gone).to(wide), _pick(values, gone).to(wide), counts.gather(2, gone.clamp(min=0)), u.masked_fill(~passed, 0)
+    k, v = (_pick(t, gone).to(wide).masked_fill(~passed.unsqueeze(3), 0) for t in (keys, values))     # -1 picks slot 0, which may be empty and NaN
+    c, u = counts.gather(2, gone.clamp(min=0)), u.masked_fill(~passed, 0)
     own, share = torch.ones_like(counts), torch.ones_like(u)                       # omega, and what w_j adds to Omega
     if weights == "similarity": w = u
     elif weights == "exponential": own, w = own * math.e, u.exp()
@@ -186,7 +187,7 @@ class MergingCache(EvictingCache):
         "Store the new tokens, merge or drop what leaves; what this step attends to as padded keys, values, positions, and a bias with `count`."
         store, at = self.layers.setdefault(layer, RaggedCache()), positions[:, 0]
         keys, values, slots = store.append(keys, values, positions).rectangle()
-        counts = torch.ones_like(keys[..., 0])
+        counts = torch.ones_like(keys[..., 0], dtype=torch.promote_types(keys.dtype, torch.float32))   # bfloat16 counts to 256
         if layer in self.counts: counts[..., :self.counts[layer].shape[2]] = self.counts[layer]
         bias = (counts.log().unsqueeze(2),) if self.count else ()
         visible = (slots.unsqueeze(2) <= at.view(len(at), 1, -1, 1)) & (slots >= 0).unsqueeze(2)
