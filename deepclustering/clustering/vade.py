@@ -94,6 +94,7 @@ def bounded(
     "Logarithms of variances: near 0 as they are, never beyond the limit."
     return limit * torch.tanh(v / limit)
 
+# %% ../../nbs/clustering/11c_vade.ipynb #13225fde
 def _unbounded(v): return 10 * (v / 10).clamp(-.99, .99).atanh()
 
 class _Variational(nn.Module):

@@ -185,7 +185,7 @@ def works_list(
     return "\n".join(["<ul>", *items, "</ul>"])
 
 MANY = 1  # verdicts of a paper that a page spells out
-TESTS = 2 # tests of a paper that a page names; the catalogue has all
+TESTS = 1 # tests of a paper that a page names; the catalogue has all
 
 def _counted(verdicts): return ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).most_common())
 
