@@ -17,7 +17,7 @@ from sklearn.utils.estimator_checks import check_methods_subset_invariance, para
 from torch import nn
 
 from deepclustering.clustering.autoencoder import (PRETRAIN, AutoencoderKMeans, ImageClusterer, code_of, code_report, corruption, encode_all, noisy_code,
-                                                   pair_loss, pretrain_layers, refine, train_autoencoder)
+                                                   pair_loss, pretrain_layers, refine, train_autoencoder, unit_scale)
 from deepclustering.clustering.dec import DEC
 from deepclustering.core.estimators import evaluating
 from deepclustering.core.metrics import ari
@@ -309,3 +309,36 @@ def test_images_and_rows(shape, told):
         def __init__(self, image_shape=None, device="cpu"): self.image_shape, self.device = image_shape, device
     rows, device, found = Pictures(told)._check(draw(*shape).numpy())
     assert np.array_equal(rows, draw(5, 6)) and str(device) == "cpu" and found == (None if shape == (5, 6) and told is None else (1, 2, 3))
+
+
+@pytest.mark.parametrize("power", [-565, -120, 120, 565])
+def test_the_unit_of_the_rows_does_not_matter(power):
+    "Powers of two change no digit; 2**565 is 1e170, whose square no float64 holds."
+    usual = AutoencoderKMeans(4, **QUICK).fit(X)
+    other = AutoencoderKMeans(4, **QUICK).fit(X * 2.**power)
+    assert other.scale_ * 2.**power == usual.scale_ == unit_scale(torch.tensor(X)) and np.array_equal(other.labels_, usual.labels_) and np.array_equal(other.embedding_, usual.embedding_)
+    assert np.array_equal(other.predict(X * 2.**power), usual.labels_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_unit_scale_at_the_ends_of_a_dtype(dtype):
+    "By NumPy in long double; the smallest numbers of a dtype stay finite."
+    info = torch.finfo(dtype)
+    for unit in (info.max / 4, 1., info.tiny):
+        x = draw(20, 3).clamp(-3, 3).mul(unit).to(dtype)
+        wide = x.numpy().astype(np.longdouble)
+        assert abs(float(unit_scale(x) * np.sqrt((wide**2).mean())) - 1) < 1e-12
+    smallest = torch.tensor([[info.smallest_normal * info.eps]], dtype=torch.float64).to(dtype)
+    assert smallest.item() > 0 and torch.isfinite(smallest.to(torch.promote_types(dtype, torch.float32)) * unit_scale(smallest)).all()
+    assert unit_scale(torch.zeros(3, 2, dtype=dtype)) == 1. and unit_scale(torch.full((3, 2), -4., dtype=dtype)) == .25
+
+
+def test_what_is_trained_stays_where_the_rows_are(monkeypatch):
+    "On a machine that says it has CUDA, rows on the CPU are learned from on the CPU, layer by layer too."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x = torch.tensor(X)
+    for way in PRETRAIN: train_autoencoder(network(5, 2), x, way, 3, batch_size=64, progress=False)
+    pretrain_layers(network(5, 2), x, epochs=1, batch_size=64, progress=False)
+    net = network(5, 2)
+    steps = refine(net, x, lambda net, rows: net.encode(rows), lambda q: q, lambda net, batch: (net.encode(batch[0]) - batch[1]).square().mean(), optimizer=torch.optim.Adam(net.parameters()), update_interval=1, tol=0, max_iter=2, batch_size=64, progress=False)
+    assert steps == 2

@@ -241,7 +241,7 @@ def test_counts_are_counted_in_bytes(lm):
 
 
 def test_cache_errors():
-    for bad, match in ((dict(budget=0), "budget"), (dict(budget=4, threshold=None), "threshold"), (dict(budget=4, threshold=math.nan), "threshold"), (dict(budget=4, beta=2), "beta"), (dict(budget=4, weights="mean"), "weights"), (dict(budget=torch.ones(2)), "budget")):
+    for bad, match in ((dict(budget=0), "budget"), (dict(budget=4, threshold=None), "threshold"), (dict(budget=4, threshold=math.nan), "threshold"), (dict(budget=4, beta=2), "beta"), (dict(budget=4, weights="mean"), "weights"), (dict(budget=torch.ones(2)), "budget"), (dict(budget=4, queries=8), "options must be the score's, got queries"), (dict(budget=4, base=1e3, consecutive=True), "got base, consecutive of")):
         with pytest.raises(ValueError, match=match): MergingCache(H2O, **bad)
 
 

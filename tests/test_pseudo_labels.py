@@ -126,7 +126,8 @@ def test_where_crops_lie(scale, ratio):
     assert ((wide * tall)[~cut] > scale[0] - 1e-6).all() and ((wide * tall) < scale[1] + 1e-6).all()
     assert ((wide / tall)[~cut] > ratio[0] - 1e-6).all() and ((wide / tall)[~cut] < ratio[1] + 1e-6).all()
     centre = crop[:, 0].mean((1, 2))
-    assert (centre.abs() + wide <= 1 + .1).all() and float(edge[0].max()) <= 1 and abs(float(centre.mean())) < .1
+    for axis, half in ((0, wide), (1, tall)): assert (crop[:, axis].mean((1, 2)).abs() + half <= 1 + 1e-6).all() and abs(float(crop[:, axis].mean())) < .1      # within the image, and in its middle on average
+    assert max(float(e.max()) for e in edge) <= 1
     if scale[1] < .6: assert float((wide * tall).max() - (wide * tall).min()) > .8 * (scale[1] - scale[0]) and float(centre.std()) > .1
 
 
@@ -199,7 +200,7 @@ def test_few_prototypes_without_equal_shares():
             records = train_swav(net, IMAGES, **{**QUICK, "steps": 120, "counts": (2, 0), "lr": 5e-3}, n_iters=n_iters)
             with torch.no_grad(): seen[n_iters] = collapse_report((net.eval()(IMAGES) @ F.normalize(net.prototypes, dim=1).T / .1).softmax(1)), records[-1]
         (few, few_log), (even, even_log) = seen[0], seen[3]
-        assert few.balance < .5 and few_log["used"] < 4 and few_log["loss"] < .2
+        assert few.balance < .5 and few_log["used"] == 2 and few_log["loss"] < .2
         assert even.balance > .9 and even_log["used"] > 7 and even_log["loss"] > .5 and even.information > few.information
 
 

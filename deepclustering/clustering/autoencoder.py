@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'corruption', 'pair_loss', 'train_phase', 'pretrain_layers', 'noisy_code', 'train_autoencoder',
-           'CodeReport', 'code_report', 'code_of', 'encode_all', 'refine', 'Clustered', 'DeepClusterer',
+           'CodeReport', 'code_report', 'unit_scale', 'code_of', 'encode_all', 'refine', 'Clustered', 'DeepClusterer',
            'AutoencoderKMeans', 'ImageClusterer']
 
 # %% ../../nbs/clustering/10_encoder.ipynb #7e2fae3d
@@ -79,10 +79,11 @@ def pretrain_layers(
     noise=0.2,    # as of `corruption`
     epochs=10,    # for each pair
     records=None, # a list that gets a dict for each epoch
-    **keywords,   # of `core.training.train`
+    **keywords,   # of `core.training.train`; its device is that of `x`
 ):
     "Train the pairs one after the other, from the outside in; returns the records. Source: Vincent and others, Extracting and composing robust features with denoising autoencoders, 2008."
     records, p, h = [] if records is None else records, corruption(noise, len(net.pairs())), as_batch(x, net.shape)
+    keywords = {"device": x.device, **keywords}
     for l, pair in enumerate(net.pairs()):
         train_phase(records, f"layer {l + 1}", nn.ModuleList(pair), lambda pair, batch: pair_loss(pair, batch, p[l], p[l + 1]), h, epochs=epochs, **keywords)
         h = _blocks(pair[0], h)
@@ -109,11 +110,11 @@ def train_autoencoder(
     noise=0.2,            # as of `corruption`
     lr=1e-3,              # of Adam
     records=None,         # a list that gets a dict for each epoch
-    **keywords,           # of `core.training.train`
+    **keywords,           # of `core.training.train`; its device is that of `x`
 ):
     "Train an autoencoder in one of four ways; returns the records. `ValueError` for another way. Source of the first: Xie, Girshick and Farhadi, 2016, whose steps are SGD's."
     if pretrain not in PRETRAIN: raise ValueError(f"pretrain must be one of {', '.join(PRETRAIN)}, got {pretrain!r}")
-    records, keywords["optimizer"] = [] if records is None else records, lambda weights: torch.optim.Adam(weights, lr=lr)
+    records, keywords = [] if records is None else records, {"device": x.device, **keywords, "optimizer": lambda weights: torch.optim.Adam(weights, lr=lr)}
     def whole(name, code, epochs): train_phase(records, name, net, lambda net, x: F.mse_loss(net.decode(code(net, x)).reshape(x.shape), x), x, epochs=epochs, **keywords)
     def clean(net, x): return net.encode(x)
     if pretrain == "end-to-end": whole("end-to-end", clean, epochs)
@@ -150,6 +151,14 @@ def code_report(
     return CodeReport(int((sizes > 0).sum()), float(sizes.max() / max(1, sizes.sum())), float(C.trace()) / square if square else 0.,
                       float(C.trace()**2 / C.square().sum().clamp_min(1e-300)))
 
+# %% ../../nbs/clustering/10_encoder.ipynb #d5aebc6a
+def unit_scale(
+    x, # rows `(n, d)`, finite
+):
+    "The number that brings the mean square of an entry to 1; 1. where all are 0. Squares neither overflow nor vanish, and the number is finite in the dtype of `x`."
+    top = float(x.abs().max())
+    return min(float((x.double() / top).square().mean()) ** -0.5 / top, torch.finfo(torch.promote_types(x.dtype, torch.float32)).max) if top else 1.
+
 # %% ../../nbs/clustering/10_encoder.ipynb #24315346
 def code_of(
     net, # module with `encode`, or one that encodes when called
@@ -179,10 +188,10 @@ def refine(
     records=None,        # a list that gets a dict for each target
     progress=None,       # a bar: True, False, or None for one on a terminal
     seed=0,
-    **keywords,          # of `core.training.train`: batch_size, device
+    **keywords,          # of `core.training.train`: batch_size; its device is that of `x`
 ):
     "The loop of deep clustering; returns the number of steps."
-    labels, step, records, mean = None, 0, [] if records is None else records, {}
+    labels, step, records, mean, keywords = None, 0, [] if records is None else records, {}, {"device": x.device, **keywords}
     with progress_bar("clusters", progress, max_iter, "step") as bar:
         while True:
             with evaluating(module): q = _blocks(lambda rows: assign(module, rows), x)
@@ -299,7 +308,7 @@ def fit(self: DeepClusterer,
     "Pretrain, start from k-means, refine if the class has a clustering loss; returns self. On Ctrl-C the fitted attributes are set from the weights as they are, and the interrupt is raised again."
     x, device = self._check(X)
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
-    self.scale_ = float(x.double().square().mean()) ** -0.5 if x.any() else 1.
+    self.scale_ = unit_scale(x)
     self.encoder_, self.history_ = self._network(x.shape[1], seed), []
     x, net, start, module, stop = self._rows(x, device), self.encoder_, None, None, None
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)
@@ -320,6 +329,7 @@ def fit(self: DeepClusterer,
     if stop is not None: self.n_iter_ = start.n_iter_ if module is None else self._steps("clusters")
     return self._ended(stop)
 
+# %% ../../nbs/clustering/10_encoder.ipynb #3f38626f
 def _set_fitted(self, X, z, centers):
     labels, far = nearest(z, centers, return_distance=True)
     self.report_ = code_report(z, labels, self.n_clusters)

@@ -6,14 +6,12 @@
 __all__ = ['head_likeness', 'diversity_loss', 'head_nmi', 'mean_pair', 'next_bound', 'Consensus', 'DivClust']
 
 # %% ../../nbs/clustering/16b_divclust.ipynb #522d5722
-import math
 import warnings
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import check_is_fitted
 
 from .heads import FrozenHeads, SCANHead, scan_loss
 from .kmeans import KMeans
@@ -102,19 +100,20 @@ class Consensus:
         else: self.centers_ = KMeans(n_clusters, n_init=n_init, random_state=as_generator(random_state), verbose=False).fit(places).cluster_centers_
         self.labels_ = nearest(places, self.centers_)
 
-    def embed(
-        self,
-        labels, # `(H, m)`
-    ):
-        "Places of items `(m, r)` of length one."
-        return F.normalize(sum(place[own.long()] for place, own in zip(self.places_, torch.as_tensor(labels))), dim=1)
+# %% ../../nbs/clustering/16b_divclust.ipynb #46ab707e
+@patch
+def embed(self: Consensus,
+          labels, # `(H, m)`
+):
+    "Places of items `(m, r)` of length one."
+    return F.normalize(sum(place[own.long()] for place, own in zip(self.places_, torch.as_tensor(labels))), dim=1)
 
-    def predict(
-        self,
-        labels, # `(H, m)`, what the heads say of new items
-    ):
-        "Clusters `(m,)`."
-        return nearest(self.embed(labels), self.centers_)
+@patch
+def predict(self: Consensus,
+            labels, # `(H, m)`, what the heads say of new items
+):
+    "Clusters `(m,)`."
+    return nearest(self.embed(labels), self.centers_)
 
 # %% ../../nbs/clustering/16b_divclust.ipynb #32ca324e
 class DivClust(SCANHead):
@@ -146,23 +145,27 @@ class DivClust(SCANHead):
     ):
         vars(self).update({k: v for k, v in locals().items() if k not in ("self", "__class__")})
 
-    def _begin(self, run):
-        run.bank, run.bound, self.bound_ = None, self.bound_start, 1.
-        for name in ("consensus_places_", "consensus_centers_"): vars(self).pop(name, None)   # of an older fit
-
-    def _objective(self, run, net, a, b):
-        a, b = net(a), net(b)
-        losses = scan_loss(a, b, self.entropy_weight)
-        if self.n_heads == 1 or self.nmi_target == 1: return losses, {}
-        labels = torch.cat([a, b], 1).argmax(2)                                         # rows and neighbours, (H, 2m)
-        run.bank = labels if run.bank is None else torch.cat([labels, run.bank], 1)[:, :self.bank_size]
-        if (run.taken - 1) % self.nmi_interval == 0:
-            run.measured = mean_pair(head_nmi(run.bank, self.n_clusters))
-            run.bound = self.bound_ = next_bound(run.bound, run.measured, self.nmi_target, self.bound_rate)
-        pushed = diversity_loss(torch.cat([a, b], 1).softmax(2), run.bound) if run.bound < 1 else 0. * losses.sum()
-        return losses, {"extra": pushed, "diversity": pushed, "bound": run.bound, "nmi": run.measured}
-
 # %% ../../nbs/clustering/16b_divclust.ipynb #fe7c10d4
+@patch
+def _begin(self: DivClust, run):
+    run.bank, run.bound, self.bound_ = None, self.bound_start, 1.
+    for name in ("consensus_places_", "consensus_centers_"): vars(self).pop(name, None)   # of an older fit
+
+@patch
+def _objective(self: DivClust, run, net, a, b):
+    a, b = net(a), net(b)
+    losses = scan_loss(a, b, self.entropy_weight)
+    if self.n_heads == 1 or self.nmi_target == 1: return losses, {}
+    both = torch.cat([a, b], 1)                                                         # rows and neighbours, (H, 2m, k)
+    labels = both.argmax(2)
+    run.bank = labels if run.bank is None else torch.cat([labels, run.bank], 1)[:, :self.bank_size]
+    if (run.taken - 1) % self.nmi_interval == 0:
+        run.measured = mean_pair(head_nmi(run.bank, self.n_clusters))
+        run.bound = self.bound_ = next_bound(run.bound, run.measured, self.nmi_target, self.bound_rate)
+    pushed = diversity_loss(both.softmax(2), run.bound) if run.bound < 1 else 0. * losses.sum()
+    return losses, {"extra": pushed, "diversity": pushed, "bound": run.bound, "nmi": run.measured}
+
+# %% ../../nbs/clustering/16b_divclust.ipynb #2bafee3f
 @patch
 def fit(self: DivClust,
         X,      # features `(n, d)`: array, data frame or tensor
@@ -184,6 +187,9 @@ def fit(self: DivClust,
     if stop is not None: raise stop
     return self
 
+# %% ../../nbs/clustering/16b_divclust.ipynb #7d936ff0
+_ANSWER = ["encoder_", "consensus_centers_"]                                            # what an answer of all needs
+
 def _joint(self, heads):
     "The fitted `Consensus` without a fit."
     joint = object.__new__(Consensus)
@@ -195,9 +201,7 @@ def predict(self: DivClust,
             X, # `(n, d)`
 ):
     "The consensus cluster `(n,)`."
-    check_is_fitted(self, ["encoder_", "consensus_centers_"])
-    x, device = self._check(X, reset=False)
-    heads = self._logits(x, device).argmax(2)
+    heads = self._ask(X, _ANSWER)[1].argmax(2)
     return like(_joint(self, heads).predict(heads), X)
 
 @patch
@@ -205,19 +209,16 @@ def predict_heads(self: DivClust,
                   X, # `(n, d)`
 ):
     "What each head says, `(H, n)`."
-    check_is_fitted(self, "encoder_")
-    x, device = self._check(X, reset=False)
-    return like(self._logits(x, device).argmax(2), X)
+    return like(self._ask(X)[1].argmax(2), X)
 
 @patch
 def predict_proba(self: DivClust,
                   X, # `(n, d)`
 ):
     "The share of heads `(n, k)` whose cluster has its place nearest to that centre of the consensus. `predict` sums places, so the two may differ where the heads are split."
-    check_is_fitted(self, ["encoder_", "consensus_centers_"])
-    x, device = self._check(X, reset=False)
-    heads = self._logits(x, device).argmax(2)
+    x, logits = self._ask(X, _ANSWER)
+    heads = logits.argmax(2)
     joint = _joint(self, heads)
     home = nearest(F.normalize(joint.places_.flatten(0, 1), dim=1), joint.centers_).reshape(joint.places_.shape[:2])   # (H, k): where each cluster of a head belongs
-    votes = F.one_hot(torch.stack([own[h] for own, h in zip(home, heads)]), self.n_clusters).double().mean(0)
+    votes = F.one_hot(home.gather(1, heads), self.n_clusters).double().mean(0)
     return like(votes.to(torch.promote_types(x.dtype, torch.float32)), X)

@@ -24,10 +24,9 @@ from torch import nn
 from .autoencoder import train_phase
 from .kmeans import KMeans
 from ..core.checks import as_generator, as_tensor, check_int, check_number, device_of, estimator_data, like
-from ..core.estimators import evaluating
+from ..core.estimators import evaluating, load_estimator, save_estimator
 from ..core.metrics import Collapse, churn, collapse_report
-from ..core.models import Model, build_model, model_spec
-from ..core.training import load_tree, save_tree
+from ..core.models import Model
 
 # %% ../../nbs/clustering/16_heads.ipynb #2f3fdbd1
 METRICS = ("cosine", "euclidean")
@@ -37,7 +36,9 @@ def feature_neighbors(
     n_neighbors=20,  # m, at most n - 1 are taken
     metric="cosine", # one of `METRICS`
 ):
-    "Indices `(n, m)` of each row's nearest other rows, the nearest first; n^2 products in blocks. `ValueError` for NaN, fewer than two rows, arguments out of range."
+    """Indices `(n, m)` of each row's nearest other rows, the nearest first; n^2 products in blocks, in the dtype of X or float32. `ValueError` for NaN, fewer than two rows, arguments out of range.
+
+    `clustering.path_integral.directed_graph` has distances alone, in float64: of directions it gives a row of zeros other neighbours, and it orders near ties otherwise."""
     X, m = as_tensor(X, min_samples=2), min(check_int(n_neighbors, "n_neighbors"), len(X) - 1)
     if metric not in METRICS: raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     z, cosine = X.to(torch.promote_types(X.dtype, torch.float32)), metric == "cosine"
@@ -117,7 +118,7 @@ class HeadReport(NamedTuple):
 class FrozenHeads(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """What heads on frozen features share: neighbours, training, choice by loss, diagnostics, files, interruptions.
 
-    A subclass has an `__init__` with the parameters of `SCANHead` but for its own, and `_objective(run, net, a, b)`: for rows `a`, `b` of neighbours, the losses `(H,)` of the heads and a dict of numbers to record.
+    A subclass has an `__init__` with the parameters of `SCANHead` but for its own, and `_objective(run, net, a, b)`: for rows `a`, `b` of neighbours, the losses `(H,)` of the heads and a dict of numbers to record; its "extra", if there, is added to their mean.
     Rows are centred and scaled as a whole. Fitted attributes: `labels_` `(n,)`, `head_labels_` `(H, n)`, `head_losses_` `(H,)` (means over the last epoch), `best_head_`, `encoder_` (the `ClusterHeads`), `mean_` `(d,)`, `scale_`, `history_` (dicts, one an epoch: "phase", "step", "loss";
     of all rows and the leading head "active", "churn", and as "validation" its mean -log <p_i, p_j>), `n_iter_` (epochs), `report_` (`HeadReport`), `n_features_in_`."""
     temperature, init = None, "random"
@@ -228,6 +229,7 @@ class _Run:
         self.churn = 1. if before is None else churn(before[leads], self.labels[leads])
         return float(-agreement(logits[leads], logits[leads][self.neighbors[:, 0]]).mean()), {"active": len(self.labels[leads].unique()), "churn": self.churn}
 
+# %% ../../nbs/clustering/16_heads.ipynb #bae1d05a
 @patch
 def _check(self: FrozenHeads, X, reset=True):
     "Checked rows and device; while fitting also the arguments."
@@ -247,6 +249,7 @@ def _check(self: FrozenHeads, X, reset=True):
     if self.n_clusters > 1 and all(bool((part == x[0]).all()) for part in x.split(65536)): raise ValueError(f"n_clusters={self.n_clusters}, but all {len(x)} rows of X are equal: there is one cluster")
     return x, device_of(X, self.device)
 
+# %% ../../nbs/clustering/16_heads.ipynb #857b66ac
 def _scaled(self, x, device, dtype):
     "Centred rows `(n, d)`, scaled as a whole."
     return (x.to(device, torch.float64) - as_tensor(self.mean_, ndim=1).to(device, torch.float64)).mul_(self.scale_).to(dtype)
@@ -260,6 +263,7 @@ def _new_heads(self, z, seed):
         for h in range(self.n_heads): net.weight.data[h] = KMeans(self.n_clusters, n_init=1, random_state=(seed + h) % 2**31, verbose=False).fit(z).cluster_centers_.T.cpu()
     return net.to(z.device)
 
+# %% ../../nbs/clustering/16_heads.ipynb #8cc2d2b1
 @patch
 def fit(self: FrozenHeads,
         X,      # features `(n, d)`: array, data frame or tensor
@@ -289,11 +293,19 @@ def fit(self: FrozenHeads,
         raise stop
     return self
 
+# %% ../../nbs/clustering/16_heads.ipynb #b30f47c3
 @patch
 def _logits(self: FrozenHeads, x, device):
     "Of all heads `(H, n, k)` in float64, so that a row's answer does not depend on its company."
     net = deepcopy(self.encoder_).to(device, torch.float64)
     with torch.no_grad(), evaluating(net): return torch.cat([net(_scaled(self, part, device, torch.float64)) for part in x.split(16384)], 1)
+
+@patch
+def _ask(self: FrozenHeads, X, fitted="encoder_"):
+    "Of a fitted estimator: checked rows and the logits of all heads."
+    check_is_fitted(self, fitted)
+    x, device = self._check(X, reset=False)
+    return x, self._logits(x, device)
 
 def _set_fitted(self, X, x, run):
     self.encoder_ = run.heads.eval().requires_grad_(True)
@@ -308,15 +320,14 @@ def _set_fitted(self, X, x, run):
     elif self.report_.active < k: warnings.warn(f"{k - self.report_.active} of {k} clusters are empty: {self.report_}", ConvergenceWarning)
     self.labels_, self.head_labels_, self.head_losses_ = like(labels, X), like(logits.argmax(2), X), like(run.means.clone(), X)
 
-# %% ../../nbs/clustering/16_heads.ipynb #bae1d05a
+# %% ../../nbs/clustering/16_heads.ipynb #b3059016
 @patch
 def predict_proba(self: FrozenHeads,
                   X, # `(n, d)`
 ):
     "The chosen head's probabilities `(n, k)`."
-    check_is_fitted(self, "encoder_")
-    x, device = self._check(X, reset=False)
-    return like(self._logits(x, device)[self.best_head_].softmax(1).to(torch.promote_types(x.dtype, torch.float32)), X)
+    x, logits = self._ask(X)
+    return like(logits[self.best_head_].softmax(1).to(torch.promote_types(x.dtype, torch.float32)), X)
 
 @patch
 def transform(self: FrozenHeads,
@@ -330,34 +341,22 @@ def predict(self: FrozenHeads,
             X, # `(n, d)`
 ):
     "The chosen head's most probable cluster `(n,)`."
-    check_is_fitted(self, "encoder_")
-    x, device = self._check(X, reset=False)
-    return like(self._logits(x, device)[self.best_head_].argmax(1), X)
+    return like(self._ask(X)[1][self.best_head_].argmax(1), X)
 
+# %% ../../nbs/clustering/16_heads.ipynb #fa94fd91
 @patch
 def save(self: FrozenHeads,
          path, # the file to write, customarily *.safetensors
 ):
     "Write parameters, fitted attributes and weights as safetensors and JSON."
-    check_is_fitted(self, "encoder_")
-    fitted = {k: v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_") and k != "encoder_"}
-    arrays = [k for k, v in fitted.items() if hasattr(v, "__array__") and not isinstance(v, torch.Tensor)]
-    objects = [k for k in arrays if fitted[k].dtype == object]                         # names of a data frame's columns
-    params = {k: (v if isinstance(v, int) else None) if k == "random_state" else str(v) if k == "device" else v for k, v in self.get_params(deep=False).items()}
-    save_tree(path, {"class": type(self).__name__, "params": params, "fitted": {k: v.tolist() if k in objects else torch.as_tensor(v) if k in arrays else v for k, v in fitted.items()}, "arrays": arrays,
-                     "heads": model_spec(self.encoder_), "weights": self.encoder_.state_dict()})
+    save_estimator(path, self)
 
 @patch(cls_method=True)
 def load(cls: FrozenHeads,
          path, # a file that `save` wrote
 ):
     "The fitted estimator of a file. `ValueError` if it is another file or class."
-    tree = load_tree(path)
-    if tree.get("class") != cls.__name__ or "heads" not in tree: raise ValueError(f"path must name a file that {cls.__name__}.save wrote, and {path} holds {tree.get('class', ', '.join(tree))}")
-    self, net = cls(**tree["params"]), build_model(tree["heads"])
-    net.load_state_dict(tree["weights"])
-    def back(k, v): return v if k not in tree["arrays"] else np.array(v, dtype=object) if isinstance(v, list) else v.numpy()
-    vars(self).update({k: back(k, v) for k, v in tree["fitted"].items()}, encoder_=net.eval(), _n_features_out=self.n_clusters)
+    self = load_estimator(cls, path)
     self.report_ = HeadReport(*self.report_[:3], Collapse(*self.report_[3]))
     return self
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
 
-from .autoencoder import Clustered, DeepClusterer, code_of, code_report, encode_all, refine, train_autoencoder
+from .autoencoder import Clustered, DeepClusterer, code_of, code_report, encode_all, refine, train_autoencoder, unit_scale
 from .path_integral import DirectedGraph, directed_graph
 from ..core.aggregate import take_slots
 from ..core.checks import as_generator, as_tensor, check_int, check_number, like
@@ -102,6 +102,7 @@ def semantic_value(
     entropy = torch.xlogy(Q, Q).sum() + (torch.xlogy(rest.clamp_min(0), rest.clamp_min(0)).sum() if rho < 1 else 0)
     return cost + eps * entropy + (0 if column_weight == math.inf else column_weight * (torch.xlogy(sizes, sizes / wanted) - sizes + wanted).sum())
 
+# %% ../../nbs/clustering/15_partial_transport.ipynb #969d62d0
 def semantic_labels(
     log_p,              # logarithms of the memberships `(n, k)`, finite
     W,                  # `(n, n)` from `semantic_graph`, or any symmetric matrix, sparse or not
@@ -224,7 +225,7 @@ def fit(self: SP2OT,
     x, device = self._check(X)
     _arguments(self, x.shape[1])
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
-    self.scale_ = float(x.double().square().mean()) ** -0.5 if x.any() else 1.
+    self.scale_ = unit_scale(x)
     self.encoder_, self.history_ = self._network(x.shape[1], seed), []
     x, net, module, stop = self._rows(x, device), self.encoder_, None, None
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
-from .autoencoder import DeepClusterer, code_of, code_report, encode_all, train_autoencoder, train_phase
+from .autoencoder import DeepClusterer, code_of, code_report, encode_all, train_autoencoder, train_phase, unit_scale
 from .kmeans import KMeans
 from .mixtures import Mixture, em_steps, log_gaussian, log_shares, m_step
 from ..core.aggregate import take_slots
@@ -231,7 +231,7 @@ def fit(self: VaDE,
     x, device = self._check(X)
     _arguments(self)
     seed = int(torch.randint(2**31, (), generator=as_generator(self.random_state)))
-    self.scale_, self.range_ = float(x.double().square().mean())**-.5 if x.any() else 1., [float(v) for v in x.aminmax()]
+    self.scale_, self.range_ = unit_scale(x), [float(v) for v in x.aminmax()]
     net = self.encoder_ = self._network(x.shape[1], seed)
     x, module, stop, self.history_ = self._rows(x, device), None, None, []
     keywords = dict(batch_size=self.batch_size, seed=seed, device=device, progress=self.progress)
@@ -252,6 +252,7 @@ def fit(self: VaDE,
     _set_fitted(self, X, x, module or begin())
     return self._ended(stop)
 
+# %% ../../nbs/clustering/11c_vade.ipynb #655bdf31
 def _arguments(self):
     for name in ("epochs", "decay_epochs"): check_int(getattr(self, name), name)
     for name in ("variance", "decay", "floor"): check_number(getattr(self, name), name, zero=name == "floor")
@@ -298,6 +299,7 @@ def predict(self: VaDE,
     z = self._on(X)[0]
     return like(log_joint(z, _prior(self, z)).argmax(1), X)
 
+# %% ../../nbs/clustering/11c_vade.ipynb #54dac93a
 @patch
 def sample(self: VaDE,
            n_samples=1,  # how many
@@ -313,6 +315,7 @@ def sample(self: VaDE,
     with torch.no_grad(), evaluating(self.encoder_): out = torch.cat([self.encoder_.decode(part).flatten(1) for part in z.to(p).split(4096)])
     return like(out / self.scale_ if self.likelihood == "gaussian" else _Pixels(*self.range_)(out), self.labels_), like(labels.to(p.device), self.labels_)
 
+# %% ../../nbs/clustering/11c_vade.ipynb #c32a1900
 @patch
 def log_evidence(self: VaDE,
                  X,        # `(n, d)`

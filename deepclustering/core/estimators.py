@@ -31,13 +31,13 @@ def evaluating(
 # %% ../../nbs/core/16b_estimators.ipynb #63228b25
 def save_estimator(
     path,      # the file to write, customarily *.safetensors
-    estimator, # fitted, with the parameter `encoder` and the fitted attribute `encoder_`: modules or None
+    estimator, # fitted, with the attribute `encoder_` and perhaps the parameter `encoder`: modules or None
 ):
     "Write class, parameters, fitted attributes and weights as safetensors and JSON. An encoder of `core.models` is rebuilt from the file; another one must be passed to `load_estimator` again."
-    check_is_fitted(estimator)
+    check_is_fitted(estimator, "encoder_")
     params, net, arrays = estimator.get_params(deep=False), estimator.encoder_, []
     fitted = {k: v for k, v in vars(estimator).items() if k != "encoder_" and (k.endswith("_") and not k.startswith("_") or k == "_n_features_out")}
-    given = params.pop("encoder") is not None
+    given = params.pop("encoder") is not None if "encoder" in params else None          # None: not a parameter
     def plain(name, v):
         if isinstance(v, np.generic): return v.item()
         if hasattr(v, "__array__") and not isinstance(v, torch.Tensor): v = np.asarray(v)   # a data frame
@@ -63,7 +63,8 @@ def load_estimator(
         except RuntimeError as e: raise ValueError(f"encoder does not fit the weights in {path}: {e}") from e
         net.eval()
     def back(name, v): return v if name not in tree["arrays"] else v.numpy() if isinstance(v, torch.Tensor) else np.array(v, dtype=object)
-    try: estimator = kind(**{k: back(k, v) for k, v in tree["params"].items()}, encoder=deepcopy(net) if tree["given"] else None)
+    own = {} if tree["given"] is None else {"encoder": deepcopy(net) if tree["given"] else None}
+    try: estimator = kind(**{k: back(k, v) for k, v in tree["params"].items()}, **own)
     except TypeError as e: raise ValueError(f"{kind.__name__} does not take the parameters in {path}: {e}") from e
     vars(estimator).update({k: back(k, v) for k, v in tree["fitted"].items()}, encoder_=net)
     return estimator

@@ -164,6 +164,7 @@ class MergingCache(EvictingCache):
         count=False,          # attend to a slot that stands for c tokens with ln c added, and score with it
         **options,            # of the score
     ):
+        if taken := options.keys() & {"queries", "consecutive", "base"}: raise ValueError(f"options must be the score's, got {', '.join(sorted(taken))} of EvictingCache, which merging does not know")
         super().__init__(method, budget, **options)
         if threshold != "ema" and not (isinstance(threshold, (int, float)) and threshold == threshold): raise ValueError(f"threshold must be 'ema' or a number, got {threshold!r}")
         if weights not in WEIGHTS: raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
